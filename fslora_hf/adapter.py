@@ -1,0 +1,218 @@
+"""Client adapters, stacked in the PEFT layers of one resident base model.
+
+A block of clients trains in the same step: their examples pass through the base together, client by client, and each
+LoRA layer adds two batched products with the clients' stacked pairs. Rows beyond a client's rank are zero on both
+sides, so their gradients are zero and every elementwise optimizer leaves them zero.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from safetensors.torch import save_file
+from torch import nn
+
+from .methods import ClientAdapter
+
+PEFT_PREFIX = "base_model.model."
+
+
+def lora_layers(model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """The adapter's layers by the name each module had before PEFT wrapped the model, in the model's order."""
+    return {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+    }
+
+
+def global_pair(model: PeftModel, adapter_name: str = "default") -> tuple[dict[str, nn.Parameter], ...]:
+    """The adapter's own tensors, not copies: module name -> A `[r, in]`, and module name -> B `[out, r]`."""
+    layers = lora_layers(model, adapter_name)
+    A = {name: layer.lora_A[adapter_name].weight for name, layer in layers.items()}
+    return A, {name: layer.lora_B[adapter_name].weight for name, layer in layers.items()}
+
+
+def widen_adapter(model: PeftModel, adapter_name: str = "default") -> None:
+    """Hold the global adapter in at least float32: TRL casts adapters of quantized models to bfloat16, in which small
+    averaged changes would be lost."""
+    for tensors in global_pair(model, adapter_name):
+        for parameter in tensors.values():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+class StackedLora(LoraVariant):
+    """The forward pass of a block of clients; PEFT calls it in place of a layer's plain LoRA (peft 0.21.2)."""
+
+    def __init__(self):
+        self.scale = torch.empty(0)  # [clients, 1, 1], each client's factor on the layer's LoRA scale
+        self.positions = 0  # tokens of the batch, padding included
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        clients = self.scale.shape[0]
+        if x.shape[:-1].numel() != self.positions:
+            raise RuntimeError(
+                f"Expected a targeted layer to see every token of the batch in order ({self.positions} tokens), found "
+                f"{x.shape[:-1].numel()}: leave layers that are routed, such as experts, out of target_modules."
+            )
+        x = module.lora_dropout[active_adapter](x).reshape(clients, -1, x.shape[-1])
+        down = torch.bmm(x, module.client_A[:clients].mT)
+        down = down * (self.scale * module.scaling[active_adapter]).to(down.dtype)
+        flat, B = result.reshape(clients, -1, result.shape[-1]), module.client_B[:clients].mT
+        if flat.dtype == down.dtype == B.dtype:
+            return torch.baddbmm(flat, down, B).view(result.shape)
+        return result + torch.bmm(down, B).view(result.shape)
+
+    @staticmethod
+    def _refuse_merge(*args, **kwargs):
+        raise RuntimeError(
+            "Expected the global adapter, found client adapters in the model: merge after training or between rounds."
+        )
+
+    merge_safe = merge_unsafe = unmerge = _refuse_merge
+
+
+class ClientStack:
+    """The stacked adapters of the clients that a process trains together.
+
+    Args:
+        model: a PEFT model whose `adapter_name` is the global adapter.
+        max_clients: most clients in a block.
+        max_rank: largest rank of any client.
+    """
+
+    def __init__(self, model: PeftModel, max_clients: int, max_rank: int, adapter_name: str = "default"):
+        self._layers = lora_layers(model, adapter_name)
+        self._adapter_name = adapter_name
+        self._shape = max_clients, max_rank
+        self._variant = StackedLora()
+        self._received: tuple[ClientAdapter, ...] = ()
+
+    def attach(self) -> None:
+        """Give every layer its stacked parameters (zeros) and freeze the global adapter, so that whatever walks the
+        model's trainable parameters finds the clients'."""
+        clients, rank = self._shape
+        for layer in self._layers.values():
+            A, B = layer.lora_A[self._adapter_name].weight, layer.lora_B[self._adapter_name].weight
+            layer.client_A = nn.Parameter(A.new_zeros(clients, rank, A.shape[1]))
+            layer.client_B = nn.Parameter(B.new_zeros(clients, B.shape[0], rank))
+            A.requires_grad_(False)
+            B.requires_grad_(False)
+
+    def detach(self) -> None:
+        """Take the stacked parameters out again and make the global adapter trainable, as PEFT had it."""
+        self.unload()
+        for layer in self._layers.values():
+            if hasattr(layer, "client_A"):
+                del layer.client_A, layer.client_B
+            layer.lora_A[self._adapter_name].weight.requires_grad_(True)
+            layer.lora_B[self._adapter_name].weight.requires_grad_(True)
+
+    @torch.no_grad()
+    def load(self, adapters: Sequence[ClientAdapter]) -> None:
+        """Refill the stack with the clients of a block and make the model compute with them."""
+        self._received = tuple(adapters)
+        for name, layer in self._layers.items():
+            for stacked, tensors in (
+                (layer.client_A, [adapter.A[name] for adapter in adapters]),
+                (layer.client_B, [adapter.B[name] for adapter in adapters]),
+            ):
+                stacked.zero_()
+                for slot, tensor in zip(stacked, tensors, strict=False):
+                    slot[: tensor.shape[0], : tensor.shape[1]] = tensor
+        some = next(iter(self._layers.values())).client_A
+        scales = [adapter.scale for adapter in adapters]
+        self._variant.scale = torch.tensor(scales, dtype=some.dtype, device=some.device).view(-1, 1, 1)
+        self._activate(bool(adapters))
+
+    def unload(self) -> None:
+        """Make the model compute with the global adapter again."""
+        self._received = ()
+        self._activate(False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model computes with the global adapter inside, whatever client was in it before."""
+        self._activate(False)
+        try:
+            yield
+        finally:
+            self._activate(bool(self._received))
+
+    def expect(self, positions: int) -> None:
+        """Tell the layers how many tokens (padding included) the next forward passes see."""
+        self._variant.positions = positions
+
+    @property
+    def clients(self) -> int:
+        """Clients in the stack."""
+        return len(self._received)
+
+    def current(self, slot: int) -> ClientAdapter:
+        """A copy of what the client in `slot` holds now."""
+        received, A, B = self._received[slot], {}, {}
+        for name, layer in self._layers.items():
+            rank = received.A[name].shape[0]
+            A[name] = layer.client_A.detach()[slot, :rank].clone()
+            B[name] = layer.client_B.detach()[slot, :, :rank].clone()
+        return ClientAdapter(A, B, received.scale)
+
+    def change(self, slot: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What local training changed in the client of `slot`: module name -> A `[k, in]`, and -> B `[out, k]`."""
+        received, current = self._received[slot], self.current(slot)
+        A = {name: tensor.sub_(received.A[name]) for name, tensor in current.A.items()}
+        return A, {name: tensor.sub_(received.B[name]) for name, tensor in current.B.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The stacked parameters, `[clients, k_max, in]` and `[clients, out, k_max]` by turns."""
+        return [tensor for layer in self._layers.values() for tensor in (layer.client_A, layer.client_B)]
+
+    def clip_gradients(self, max_norm: float) -> torch.Tensor:
+        """Clip each client's gradient by its own norm over all modules, as `clip_grad_norm_` would clip it alone.
+
+        Returns each client's norm before clipping, `[clients]`.
+        """
+        gradients = [p.grad[: self.clients] for p in self.parameters() if p.grad is not None]
+        if not gradients:
+            return torch.zeros(self.clients)
+        per_tensor = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+        norms = torch.linalg.vector_norm(per_tensor, dim=0)
+        if max_norm > 0:
+            factors = (max_norm / (norms + 1e-6)).clamp(max=1.0).view(-1, 1, 1)
+            for gradient in gradients:
+                gradient.mul_(factors)
+        return norms
+
+    def _activate(self, active: bool) -> None:
+        for layer in self._layers.values():
+            if active:
+                layer.lora_variant[self._adapter_name] = self._variant
+            else:
+                layer.lora_variant.pop(self._adapter_name, None)
+
+
+def save_client_adapter(path: str | Path, adapter: ClientAdapter, config: LoraConfig) -> None:
+    """Write a client's adapter as a PEFT adapter of its own rank, which plain PEFT loads.
+
+    Args:
+        path: the folder to write; made if missing.
+        adapter: what the client holds.
+        config: the global adapter's configuration.
+
+    A client of rank k computes with `adapter.scale` times the global LoRA scale (alpha / r, or alpha / sqrt(r) with
+    rsLoRA). As a plain adapter of rank k without rsLoRA that is a `lora_alpha` of k times this scale.
+    """
+    rank = next(iter(adapter.A.values())).shape[0]
+    factor = adapter.scale * rank / (config.r**0.5 if config.use_rslora else config.r)
+    exported = LoraConfig(**config.to_dict())
+    exported.r, exported.use_rslora, exported.inference_mode = rank, False, True
+    exported.lora_alpha = config.lora_alpha * factor
+    exported.alpha_pattern = {pattern: alpha * factor for pattern, alpha in config.alpha_pattern.items()}
+    tensors = {f"{PEFT_PREFIX}{name}.lora_A.weight": tensor.contiguous() for name, tensor in adapter.A.items()}
+    tensors |= {f"{PEFT_PREFIX}{name}.lora_B.weight": tensor.contiguous() for name, tensor in adapter.B.items()}
+    Path(path).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(path) / "adapter_model.safetensors", metadata={"format": "pt"})
+    exported.save_pretrained(str(path))

@@ -1,0 +1,82 @@
+"""Callbacks that run a round inside `Trainer.train()`: sketches at hand-over, aggregation at the round's end."""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+from .ledger import append_round
+from .plan import ClientPlan
+
+if TYPE_CHECKING:
+    from .trainer import FederatedSketchTrainer
+
+
+class RoundCallback(TrainerCallback):
+    """Resamples sketches when clients are handed over, aggregates when a round ends, and keeps the round ledger.
+
+    Pass an instance of a subclass in the trainer's `callbacks` and it takes the built-in's place. Overrides of
+    `hand_over` and `aggregate` call `super()`, which does the work. `trainer` is set before training starts.
+    """
+
+    trainer: "FederatedSketchTrainer"
+
+    def __init__(self):
+        self.save_requested = False
+
+    def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
+        """Give this process its next clients, each a fresh sketch of the global adapter; returns them (none: idle)."""
+        return self.trainer.hand_over(wave)
+
+    def aggregate(self) -> dict[str, Any]:
+        """Fold the round into the global adapter; returns the round's ledger record."""
+        return self.trainer.aggregate()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        round, wave, local_step = self.trainer.locate_step(state.global_step)
+        if local_step > 0:
+            return
+        if wave == 0:
+            self.trainer.begin_round(round)
+        self.hand_over(wave)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        round, wave, local_step = self.trainer.locate_step(state.global_step - 1)
+        if local_step < args.local_steps - 1:
+            return
+        self.trainer.collect()
+        if wave < self.trainer.layout.waves - 1:
+            return
+        record = self.aggregate()
+        if state.is_world_process_zero:
+            append_round(self.trainer.ledger_path, record)
+        self.trainer.log_round(record)
+        done = round + 1
+        control.should_save |= self._due(args.save_rounds, done, args.num_rounds) or self.save_requested
+        control.should_evaluate |= self._due(args.eval_rounds, done, args.num_rounds)
+        self.save_requested = False
+
+    @staticmethod
+    def _due(every: int, done: int, total: int) -> bool:
+        return every > 0 and (done % every == 0 or done == total)
+
+
+class RoundProgressCallback(ProgressCallback):
+    """The Trainer's progress bar, counting in rounds and naming the clients at work."""
+
+    trainer: "FederatedSketchTrainer"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.n = self.training_bar.initial = self.current_step = state.global_step
+            self.training_bar.refresh()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        round, wave, local_step = self.trainer.locate_step(state.global_step)
+        if self.training_bar is None or local_step > 0:
+            return
+        trained = min(
+            (wave + 1) * self.trainer.layout.block_size * self.trainer.layout.processes, self.trainer.cohort_size
+        )
+        text = f"round {round + 1}/{args.num_rounds}, client {trained}/{self.trainer.cohort_size}"
+        self.training_bar.set_description(text)

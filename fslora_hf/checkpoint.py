@@ -1,0 +1,144 @@
+"""Checkpoints: complete folders that carry the checksums of their files, and the search for one to resume from.
+
+A checkpoint is written under a name that nothing reads and renamed when it is whole. Its state file says which round
+comes next, which run it belongs to, and the checksum of every other file.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "federated_state.json"
+SERVER_NAME = "federated_state.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed from."""
+
+
+@contextmanager
+def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a folder to write a checkpoint into; on leaving, it gets its state file and becomes `target`.
+
+    An error inside leaves `target` and every other checkpoint as they were. A folder already at `target` is replaced
+    if it holds the same round of the same run, and otherwise moved aside.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        state = {"format": 1, "round": round, "run": dict(run), "files": _checksums(partial)}
+        (partial / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        _sync(partial)
+        _clear_target(target, round, run)
+        os.replace(partial, target)
+        _sync_path(target.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            error.errno,
+            f"Expected to write the checkpoint {target}, found '{error.strerror or error}': earlier checkpoints are "
+            "whole; make room or mend the disk and resume with resume_from_checkpoint=True",
+        ) from error
+
+
+def read_state(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    """The checkpoint's state file, after checking that every file it names is there and unchanged."""
+    folder = Path(folder)
+    path = folder / STATE_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"Expected a finished checkpoint in {folder}, found no {STATE_NAME}: name a finished one, or pass "
+            "resume_from_checkpoint=True to take the latest that is."
+        )
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        files, _ = state["files"], state["round"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"Expected a readable {STATE_NAME} in {folder}, found damage ({error}): resume from another checkpoint."
+        ) from error
+    for name, checksum in files.items() if verify else ():
+        found = _checksum(folder / name) if (folder / name).is_file() else "nothing"
+        if found != checksum:
+            raise CheckpointError(
+                f"Expected {folder / name} with the checksum {checksum[:12]}, found {found[:12]}: the file was "
+                "damaged or changed; restore it or resume from another checkpoint."
+            )
+    return state
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The finished checkpoint with the most rounds (not the most steps, which depend on the layout of processes).
+
+    Unfinished folders are passed over with a warning.
+    """
+    found: list[tuple[int, Path]] = []
+    for folder in sorted(Path(output_dir).glob("*checkpoint-*")):
+        if not folder.is_dir():
+            continue
+        if folder.name.endswith(".partial") or not (folder / STATE_NAME).is_file():
+            logger.warning("Passing over the unfinished checkpoint %s.", folder)
+        elif folder.name.startswith("checkpoint-"):
+            found.append((read_state(folder, verify=False)["round"], folder))
+    return max(found)[1] if found else None
+
+
+def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One phrase for everything in which two runs' identities differ."""
+    return [
+        f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
+        for key in sorted({*saved, *current})
+        if saved.get(key) != current.get(key)
+    ]
+
+
+def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> None:
+    if not target.exists():
+        return
+    try:
+        state = read_state(target, verify=False)
+        same = state["round"] == round and state["run"] == json.loads(json.dumps(run))
+        label = f"round-{state['round']}"
+    except CheckpointError:
+        same, label = False, "unfinished"
+    if same:
+        shutil.rmtree(target)
+        return
+    aside = target.with_name(f"{target.name}-{label}")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-older")
+    logger.warning("%s holds another state (%s); it is kept as %s.", target, label, aside.name)
+    os.replace(target, aside)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

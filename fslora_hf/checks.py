@@ -1,0 +1,180 @@
+"""What is checked before a model is loaded, and what can be checked only on the model. Problems are told together."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+
+from .adapter import lora_layers
+from .config import FederatedSketchConfig
+from .methods import METHODS
+from .rows import survey_rows
+
+
+def raise_together(problems: Iterable[str]) -> None:
+    """Raise one ValueError that lists every problem, or none."""
+    problems = list(problems)
+    if problems:
+        raise ValueError("\n".join(["The run cannot start:", *(f"- {problem}" for problem in problems)]))
+
+
+def check_trainer_arguments(
+    args: Any, train_dataset: Any, lora: PeftConfig | None, eval_dataset: Any, unsupported: dict[str, Any]
+) -> Iterator[str]:
+    """Problems of the trainer's arguments, before anything is loaded."""
+    if not isinstance(args, FederatedSketchConfig):
+        yield f"Expected args to be a FederatedSketchConfig, found a {type(args).__name__}: build one from its fields."
+        return
+    if (args.eval_rounds or args.eval_on_start) and eval_dataset is None:
+        yield f"Expected an eval_dataset with eval_rounds={args.eval_rounds}, found none: pass one."
+    for name, value in unsupported.items():
+        if value is not None and value != (None, None):
+            yield f"Expected no {name}, found one: the trainer makes its own, one for every client; leave it out."
+    yield from _check_lora(lora)
+    yield from _check_dataset(args, train_dataset)
+
+
+def check_clients(args: FederatedSketchConfig, clients: int, ranks: np.ndarray, global_rank: int) -> Iterator[str]:
+    """Problems that show once the number of clients and their ranks are known."""
+    if (args.clients_per_round or clients) > clients:
+        yield (
+            f"Expected clients_per_round of at most {clients}, the clients in the data, found "
+            f"{args.clients_per_round}: lower it, or partition the data among more clients."
+        )
+    if len(ranks) != clients:
+        yield (
+            f"Expected client_ranks with {clients} entries, one for each client in the data by ascending id, found "
+            f"{len(ranks)}: make the list as long as there are clients, or use a rank_distribution."
+        )
+    if ranks.max() > global_rank or ranks.min() < 1:
+        yield (
+            f"Expected client ranks from 1 to the global rank {global_rank}, found {ranks.min()} to {ranks.max()}: "
+            "lower client_ranks or max_rank, or raise the LoRA rank r."
+        )
+    if METHODS[args.method].full_rank_only and (ranks != global_rank).any():
+        yield (
+            f"Expected every client to have the global rank {global_rank} with method={args.method}, found ranks "
+            f"{ranks.min()} to {ranks.max()}: give all clients the global rank, or use method=fslora."
+        )
+
+
+def check_prepared_rows(
+    args: FederatedSketchConfig, dataset: Dataset, before: np.ndarray, after: np.ndarray
+) -> Iterator[str]:
+    """Problems of the prepared training rows; `before` and `after` are client ids of the rows given and prepared."""
+    ids, counts = np.unique(after, return_counts=True)
+    lost = np.setdiff1d(before, ids)
+    if len(lost):
+        yield (
+            f"Expected every client to keep rows in preparation, found that {_some(lost)} lost all of theirs: raise "
+            "max_length, shorten the rows, or leave these clients out of the data."
+        )
+    few = ids[counts < args.min_examples]
+    if len(few):
+        yield (
+            f"Expected at least min_examples={args.min_examples} prepared rows of every client, found fewer at "
+            f"{_some(few)}: lower min_examples, or give these clients more data."
+        )
+    unscored = np.flatnonzero(survey_rows(dataset).with_loss == 0)
+    if len(unscored):
+        yield (
+            f"Expected every row to have a scored token after its first, found none in row {_some(unscored, 'row')}: "
+            "check the labels of these rows, or leave them out."
+        )
+
+
+def check_layers(model: PeftModel, aux_loss: bool) -> Iterator[str]:
+    """Problems of the layers that the adapter's target modules matched."""
+    if aux_loss:
+        yield (
+            "Expected a loss that keeps clients apart, found a router loss over the whole batch: set "
+            "router_aux_loss_coef to 0.0."
+        )
+    layers = lora_layers(model)
+    if not layers:
+        yield "Expected target_modules to match linear layers, found none: name modules of this model."
+    output = model.get_output_embeddings()
+    for name, layer in layers.items():
+        pair = layer.lora_A["default"], layer.lora_B["default"]
+        if not all(type(part) is nn.Linear for part in pair):
+            kind = type(layer.get_base_layer()).__name__
+            yield f"Expected linear target modules, found {name}, a {kind}: leave it out."
+        if layer is output:
+            yield "Expected target_modules without the LM head, found it among them: leave it out."
+        if layer.lora_variant:
+            yield f"Expected plain LoRA in {name}, found the variant {type(layer.lora_variant['default']).__name__}."
+
+
+def _check_lora(lora: PeftConfig | None) -> Iterator[str]:
+    if not isinstance(lora, LoraConfig):
+        found = "none" if lora is None else f"a {type(lora).__name__}"
+        yield f"Expected a peft.LoraConfig as peft_config (or a model with a LoRA adapter), found {found}: pass one."
+        return
+    if lora.r < 1:
+        yield f"Expected a global rank r of at least 1, found {lora.r}: raise it."
+    if lora.bias != "none":
+        yield f"Expected bias='none', found {lora.bias!r}: biases of different clients cannot share a base model."
+    if lora.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        yield (
+            f"Expected init_lora_weights to be True, False, 'gaussian' or 'orthogonal', found "
+            f"{lora.init_lora_weights!r}: it changes the base model, which no checkpoint holds; use one of these."
+        )
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else list(lora.target_modules or [])
+    if any(target == "lm_head" or target.endswith(".lm_head") for target in targets):
+        yield "Expected target_modules without lm_head, found it: the loss reads the head's own weights; leave it out."
+    for field in fields(lora):
+        value = getattr(lora, field.name)
+        refused = field.metadata.get("is_lora_variant") or field.name in _REFUSED_LORA_FIELDS
+        if refused and value:
+            yield (
+                f"Expected plain LoRA, found {field.name}={value!r} in the peft_config: stacked client adapters do "
+                "not have it; leave it out."
+            )
+
+
+_REFUSED_LORA_FIELDS = (
+    "rank_pattern",
+    "modules_to_save",
+    "lora_bias",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "use_dora",
+    "megatron_config",
+)
+
+
+def _check_dataset(args: FederatedSketchConfig, dataset: Any) -> Iterator[str]:
+    if not isinstance(dataset, Dataset):
+        yield (
+            f"Expected train_dataset to be a datasets.Dataset, found {type(dataset).__name__}: a plan needs rows that "
+            "can be read by number; load it without streaming."
+        )
+        return
+    column = args.client_id_column
+    if column not in dataset.column_names:
+        yield (
+            f"Expected an integer column {column!r} in train_dataset, found {dataset.column_names}: add it with "
+            "fslora_hf.partition.partition, or name yours with client_id_column."
+        )
+    elif not dataset.features[column].dtype.startswith(("int", "uint")):
+        yield (
+            f"Expected integers in column {column!r}, found {dataset.features[column].dtype}: turn names into ids "
+            "with fslora_hf.partition.partition(..., 'column')."
+        )
+    elif len(dataset) == 0 or dataset.data.column(column).null_count:
+        yield f"Expected an id in every row of column {column!r}, found {'no rows' if len(dataset) == 0 else 'nulls'}."
+    if {"image", "images"} & set(dataset.column_names):
+        yield "Expected text data, found an image column: vision data is not supported; remove it."
+
+
+def _some(values: np.ndarray, noun: str = "client") -> str:
+    """`client 3`, or `5 clients (3, 7, 8, ...)`."""
+    if len(values) == 1:
+        return f"{noun} {values[0]}" if noun == "client" else str(values[0])
+    listed = ", ".join(str(value) for value in values[:5]) + (", ..." if len(values) > 5 else "")
+    return f"{len(values)} {noun}s ({listed})" if noun == "client" else f"{listed} ({len(values)} rows)"

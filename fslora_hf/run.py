@@ -1,0 +1,125 @@
+"""What makes a run that run, and where a call of `train()` starts: anew, or from a checkpoint of the same run."""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .checkpoint import CheckpointError, describe_difference, last_checkpoint, read_state
+from .clients import client_ranks
+from .config import FederatedSketchConfig
+from .ledger import LEDGER_NAME, keep_rounds
+from .rows import digest_rows
+
+if TYPE_CHECKING:
+    from .trainer import FederatedSketchTrainer
+
+logger = logging.getLogger(__name__)
+
+IDENTITY_NAME = "federated_run.json"
+
+_DEFINING_ARGUMENTS = (
+    "seed data_seed method client_ranks rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
+    "client_weighting learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay "
+    "adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
+).split()
+_DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
+
+
+def ranks_of_clients(args: FederatedSketchConfig, clients: int, global_rank: int) -> np.ndarray:
+    """The rank each client affords, int64 `[clients]` by ascending id."""
+    if args.client_ranks is not None:
+        return np.asarray(args.client_ranks, dtype=np.int64)
+    low, high = args.min_rank or 1, args.max_rank or global_rank
+    return client_ranks(clients, law=args.rank_distribution, min_rank=low, max_rank=high, seed=args.seed)
+
+
+def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
+    """Everything that decides what a run computes, as plain JSON values. How it is laid out over processes, blocks and
+    micro-batches is not part of it, and neither is the number of rounds."""
+    if getattr(trainer, "_identity", None) is None:
+        args, lora = trainer.args, trainer.model.peft_config["default"]
+        values = {name: getattr(args, name) for name in _DEFINING_ARGUMENTS}
+        values |= {f"lora {name}": getattr(lora, name) for name in _DEFINING_LORA}
+        values |= {
+            "server_learning_rate": args.resolved_server_learning_rate,
+            "clients": len(trainer.client_index),
+            "clients_per_round": trainer.cohort_size,
+            "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            "adapted modules": sorted(lora.target_modules),
+            "data": digest_rows(trainer.train_dataset, args.client_id_column),
+        }
+        trainer._identity = json.loads(json.dumps(values, default=str))
+    return trainer._identity
+
+
+def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> str | None:
+    """The folder of the checkpoint to resume from, None to start anew; leaves the run's folder ready for either.
+
+    Raises:
+        ValueError: the folder holds another run, there is nothing to resume from, or it is of another run or damaged.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    if not resume:
+        _refuse_occupied(output_dir)
+        _begin(trainer, output_dir)
+        return None
+    folder = last_checkpoint(output_dir) if resume is True else Path(resume)
+    if folder is None:
+        return _start_over(trainer, output_dir)
+    state = read_state(folder)
+    _refuse_other_run(folder, state["run"], identity(trainer))
+    if state["round"] > trainer.args.num_rounds:
+        raise CheckpointError(
+            f"Expected a checkpoint of at most num_rounds={trainer.args.num_rounds} rounds, found {state['round']} in "
+            f"{folder}: raise num_rounds, or resume from an earlier checkpoint."
+        )
+    elsewhere = folder.resolve().parent != output_dir.resolve()
+    if elsewhere:
+        _refuse_occupied(output_dir)
+    _begin(trainer, output_dir)
+    held = keep_rounds(output_dir / LEDGER_NAME, state["round"], folder.parent / LEDGER_NAME if elsewhere else None)
+    if held < state["round"]:
+        logger.warning("The ledger holds %d of the %d rounds before %s.", held, state["round"], folder)
+    return str(folder)
+
+
+def _begin(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / IDENTITY_NAME).write_text(json.dumps(identity(trainer), indent=1) + "\n", encoding="utf-8")
+
+
+def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
+    """Begin again at round 0 if the folder holds this very run, killed before its first checkpoint."""
+    path = output_dir / IDENTITY_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"Expected a finished checkpoint in {output_dir}, found none: start without resume_from_checkpoint, or "
+            "name the folder of a checkpoint."
+        )
+    _refuse_other_run(output_dir, json.loads(path.read_text(encoding="utf-8")), identity(trainer))
+    logger.warning("No finished checkpoint in %s; the run begins again at its first round.", output_dir)
+    keep_rounds(output_dir / LEDGER_NAME, 0)
+
+
+def _refuse_occupied(output_dir: Path) -> None:
+    """Only a resumed run may write where a run has written."""
+    ledger = output_dir / LEDGER_NAME
+    found = [LEDGER_NAME] if ledger.exists() and ledger.stat().st_size else []
+    found += sorted(path.name for path in output_dir.glob("checkpoint-*"))
+    if found:
+        raise ValueError(
+            f"Expected an output_dir without a run, found {', '.join(found[:3])} in {output_dir}: resume that run "
+            "with resume_from_checkpoint=True, or choose another output_dir."
+        )
+
+
+def _refuse_other_run(where: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    differences = describe_difference(saved, current)
+    if differences:
+        raise CheckpointError(
+            f"Expected a checkpoint of this run, found another's in {where}: {'; '.join(differences)}. Use the "
+            "settings and data of that run, or start a new one in another output_dir."
+        )

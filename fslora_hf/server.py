@@ -1,0 +1,78 @@
+"""The server's state: the global pair, the server optimizer, and their file (safetensors, no pickle)."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+_OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {}),
+    "sgd_momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.0}),
+}
+
+
+class ServerState:
+    """The global adapter and the optimizer that moves it.
+
+    The tensors are those of the model's global adapter, not copies, so that the model always holds the global adapter.
+
+    Args:
+        A: module name -> `[rank, in]`, float32 or float64.
+        B: module name -> `[out, rank]`.
+        optimizer: `sgd` (at rate 1 plain averaging), `sgd_momentum`, `adam` or `adamw`: torch's with torch's
+            defaults (momentum 0.9) and no weight decay, which would shrink coordinates that no client trained.
+        learning_rate: of the server.
+    """
+
+    def __init__(
+        self,
+        A: dict[str, torch.Tensor],
+        B: dict[str, torch.Tensor],
+        optimizer: str = "sgd",
+        learning_rate: float = 1.0,
+    ):
+        self.A, self.B = A, B
+        self.rank = next(iter(A.values())).shape[0]
+        self._parameters = {f"{module}.A": tensor for module, tensor in A.items()}
+        self._parameters |= {f"{module}.B": tensor for module, tensor in B.items()}
+        kind, options = _OPTIMIZERS[optimizer]
+        self._optimizer = kind(self._parameters.values(), lr=learning_rate, **options)
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """Bytes of one row of A and one column of B of every module: what a client's rank is multiplied with."""
+        floats = sum(A.shape[1] for A in self.A.values()) + sum(B.shape[0] for B in self.B.values())
+        return floats * next(iter(self.A.values())).element_size()
+
+    @torch.no_grad()
+    def step(self, update: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None) -> None:
+        """Apply the average update of A and B, the negative of a gradient; None (no usable update) changes nothing."""
+        if update is None:
+            return
+        for tensors, change in ((self.A, update[0]), (self.B, update[1])):
+            for module, tensor in tensors.items():
+                tensor.grad = -change[module]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the optimizer's state. The global pair itself is the checkpoint's PEFT adapter, exactly."""
+        state = self._optimizer.state
+        tensors = {
+            f"{name}.{key}": value.contiguous()
+            for name, parameter in self._parameters.items()
+            for key, value in state.get(parameter, {}).items()
+            if value is not None
+        }
+        save_file(tensors, path)
+
+    def load(self, path: str | Path) -> None:
+        """Read what `save` wrote, for the same modules and optimizer."""
+        self._optimizer.state.clear()
+        for full_name, value in load_file(path).items():
+            name, key = full_name.rsplit(".", 1)
+            parameter = self._parameters[name]
+            # Adam keeps its step count on the CPU whatever the parameter's device.
+            self._optimizer.state[parameter][key] = value if value.dim() == 0 else value.to(parameter.device)

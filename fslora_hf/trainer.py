@@ -1,0 +1,429 @@
+"""`FederatedSketchTrainer`: a whole federated run as one `Trainer.train()`.
+
+Every override of a private hook of the Trainer is in this file, and was checked on transformers 5.23.0 and trl 1.16.0.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+from trl.trainer.utils import global_then_local_main_first
+
+from . import run
+from .adapter import PEFT_PREFIX, ClientStack, global_pair, save_client_adapter, widen_adapter
+from .callbacks import RoundCallback, RoundProgressCallback
+from .checkpoint import SERVER_NAME, read_state, whole_folder
+from .checks import check_clients, check_layers, check_prepared_rows, check_trainer_arguments, raise_together
+from .clients import ClientIndex
+from .config import FederatedSketchConfig
+from .draws import seed_from
+from .engine import RoundEngine
+from .head import add_scored_head
+from .layout import Layout
+from .ledger import LEDGER_NAME
+from .loader import RoundBatches, RoundLoader
+from .methods import METHODS
+from .plan import ClientPlan, RoundPlan, plan_round
+from .rows import column_to_numpy, fit_rows
+from .schedule import round_schedule
+from .server import ServerState
+from .updates import check_finite
+
+logger = logging.getLogger(__name__)
+
+
+class FederatedSketchTrainer(SFTTrainer):
+    """TRL's SFTTrainer for federated LoRA over clients of different ranks.
+
+    One call of `train()` runs all rounds. In each, a cohort of clients trains sketches of the global adapter, which is
+    the ordinary PEFT adapter `default`; at the round's end their changes are folded into it. `default` holds the
+    global adapter whenever a round is over. The Trainer's epoch is the round.
+
+    Args:
+        model, args, ...: as SFTTrainer's, with a `FederatedSketchConfig`.
+        train_dataset: one `datasets.Dataset` with an integer column, `args.client_id_column`, that says whose each row
+            is. Ids may be sparse.
+        peft_config: a plain `LoraConfig` with the global rank, unless `model` has such an adapter already.
+        callbacks: as usual; a `RoundCallback` among them takes the built-in's place.
+
+    Raises:
+        ValueError: lists everything that is wrong with the arguments, before the model is loaded where possible.
+    """
+
+    _tag_names = ["trl", "sft", "fslora_hf"]
+    _name = "Federated sketching LoRA"
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: FederatedSketchConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        optimizer_cls_and_kwargs: tuple | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable | None = None,
+    ):
+        args = FederatedSketchConfig() if args is None else args
+        lora = model.peft_config.get("default") if isinstance(model, PeftModel) else peft_config
+        unsupported = {
+            "optimizers": optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "compute_loss_func": compute_loss_func,
+        }
+        raise_together(check_trainer_arguments(args, train_dataset, lora, eval_dataset, unsupported))
+        given_ids = column_to_numpy(train_dataset, args.client_id_column)
+        given = ClientIndex.from_column(given_ids)
+        self._ranks = run.ranks_of_clients(args, len(given), lora.r)
+        raise_together(check_clients(args, len(given), self._ranks, lora.r))
+        self.cohort_size = args.clients_per_round or len(given)
+        callbacks = list(callbacks or [])
+        if not any(isinstance(callback, RoundCallback) for callback in callbacks):
+            callbacks.insert(0, RoundCallback())
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        raise_together(check_layers(self.model, self.aux_loss_enabled))
+        prepared_ids = column_to_numpy(self.train_dataset, args.client_id_column)
+        raise_together(check_prepared_rows(args, self.train_dataset, given_ids, prepared_ids))
+        widen_adapter(self.model)
+        add_scored_head(self.model.get_base_model())
+        self._bind_callbacks()
+        self._plan_rounds(ClientIndex.from_column(prepared_ids), lora.r)
+        self._engine: RoundEngine | None = None
+        self._token_sums = torch.zeros(4, dtype=torch.float64)
+        self._rounds_done = 0
+
+    def _bind_callbacks(self) -> None:
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RoundProgressCallback())
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, (RoundCallback, RoundProgressCallback)):
+                callback.trainer = self
+                self._round_callback = callback if isinstance(callback, RoundCallback) else self._round_callback
+
+    def _plan_rounds(self, index: ClientIndex, global_rank: int) -> None:
+        args = self.args
+        self.client_index = index
+        self._schedule = round_schedule(args, args.num_rounds)
+        self.layout = Layout(
+            self.cohort_size, args.local_steps, args.per_device_train_clients, args.world_size, args.process_index
+        )
+        planner = partial(
+            plan_round,
+            seed=args.seed,
+            data_seed=args.data_seed,
+            index=index,
+            ranks=self._ranks,
+            global_rank=global_rank,
+            clients_per_round=self.cohort_size,
+            local_steps=args.local_steps,
+            examples_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            learning_rate=lambda round: args.learning_rate * self._schedule(round),
+            sketch_scope=args.sketch_scope,
+            client_weighting=args.client_weighting,
+        )
+        self._plan = lru_cache(maxsize=4)(planner)
+
+    # ---- What users call ----
+
+    def round_plan(self, round: int) -> RoundPlan:
+        """What happens in a round, counted from 0: the same on any process, before, during and after training."""
+        return self._plan(round)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """Run all rounds, or those that are left from a checkpoint on.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the latest finished one in `output_dir`.
+        """
+        checkpoint = self._agree(lambda: run.find_start(self, resume_from_checkpoint))
+        self._open_run()
+        try:
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._engine.stack.detach()
+            self._engine = None
+
+    def save_client_adapter(self, path: str | Path, client: ClientPlan) -> None:
+        """Write what `client` would receive of the global adapter as it is now: a plain PEFT adapter of its rank."""
+        server = ServerState(*global_pair(self.model))
+        received = METHODS[self.args.method]().receive(server, client, client.sketch)
+        save_client_adapter(path, received, self.model.peft_config["default"])
+
+    @property
+    def ledger_path(self) -> Path:
+        return Path(self.args.output_dir) / LEDGER_NAME
+
+    # ---- What the round callback calls ----
+
+    def locate_step(self, step: int) -> tuple[int, int, int]:
+        """Round, wave of clients within it, and local step within that, of a global step counted from 0."""
+        round, step = divmod(step, self.layout.steps_per_round)
+        return round, *divmod(step, self.layout.local_steps)
+
+    def begin_round(self, round: int) -> None:
+        # Dropout's numbers depend on the round and the process alone, so that a resumed round draws them anew.
+        torch.manual_seed(seed_from(self.args.seed, "dropout", round, self.args.process_index))
+        self._engine.begin_round(round)
+
+    def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
+        """Load this process's clients of a wave and clear the local optimizer's state."""
+        self.optimizer.state.clear()
+        for parameter, state in self._fresh_optimizer_state.items():
+            self.optimizer.state[parameter] = {key: copy.deepcopy(value) for key, value in state.items()}
+        return self._engine.hand_over(wave)
+
+    def collect(self) -> None:
+        self._engine.collect()
+
+    def aggregate(self) -> dict[str, Any]:
+        record = self._engine.close_round()
+        self._rounds_done = record["round"] + 1
+        return record
+
+    def log_round(self, record: dict[str, Any]) -> None:
+        """Log a round's summary and warn of every update that was refused."""
+        for refused in record["refused"] if self.is_world_process_zero() else ():
+            text = "Round %d: the update of client %s was left out because %s."
+            logger.warning(text, record["round"], refused["client_id"], refused["reason"])
+        losses = [loss for loss in record["losses"] if loss is not None]
+        elapsed = time.monotonic() - self._train_started
+        left = (self.args.num_rounds - self._rounds_done) / (self._rounds_done - self._first_round)
+        logs = {
+            "round": self._rounds_done,
+            "clients_accepted": len(record["clients"]) - len(record["refused"]),
+            "megabytes_up": record["bytes_up"] / 1e6,
+            "minutes_left": round(elapsed * left / 60, 2),
+        }
+        if losses:
+            logs["client_loss"] = sum(losses) / len(losses)
+        # SFTTrainer.log would empty the token metrics of the logging window in progress.
+        Trainer.log(self, logs)
+
+    # ---- The run ----
+
+    def _agree(self, decide: Callable[[], Any]) -> Any:
+        """The main process decides and every process gets its answer, or its error: nobody waits for the others."""
+        answer: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                answer[0] = decide()
+            except (ValueError, OSError) as error:
+                answer[1] = error
+        answer = broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    def _open_run(self) -> None:
+        args = self.args
+        A, B = global_pair(self.model)
+        if args.world_size > 1:
+            for tensor in (*A.values(), *B.values()):
+                torch.distributed.broadcast(tensor.data, src=0)
+        stack = ClientStack(self.model, min(args.per_device_train_clients, self.cohort_size), int(self._ranks.max()))
+        stack.attach()
+        self._engine = RoundEngine(
+            plan=self._plan,
+            layout=self.layout,
+            method=METHODS[args.method](),
+            server=ServerState(A, B, args.server_optim, args.resolved_server_learning_rate),
+            stack=stack,
+            transforms=(check_finite,),
+            sum_over_processes=torch.distributed.all_reduce if args.world_size > 1 else lambda tensor: None,
+            gather=gather_object if args.world_size > 1 else lambda objects: objects,
+        )
+        self.optimizer = None  # one of an earlier call would hold parameters that are gone
+        self._train_started = time.monotonic()
+        self._first_round = self._rounds_done = 0
+
+    # ---- Overrides of the Trainer's hooks ----
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        # TRL's truncation cuts answers and drops what it emptied without a word, so it is given no length to cut to.
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
+        with global_then_local_main_first():
+            bos = self._tokenizer.bos_token_id
+            return fit_rows(dataset, dataset_name, args.max_length, args.overlong_prompts, bos)
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Not prepared by accelerate, which would shard the batches again and synchronize generators.
+        args = self.args
+        workers = args.dataloader_num_workers
+        return RoundLoader(
+            self.train_dataset.select_columns(["input_ids", "labels"]),
+            RoundBatches(self._plan, self.layout, args.per_device_train_batch_size),
+            self.data_collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers > 0 else None,
+        )
+
+    def set_initial_training_values(self, args, dataloader):
+        steps, rounds = self.layout.steps_per_round, args.num_rounds
+        examples = self.cohort_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return (
+            rounds,  # epochs
+            steps,  # update steps an epoch
+            len(self.train_dataset),
+            rounds * args.local_steps * examples,  # examples seen
+            self.layout.block_size * args.world_size * args.train_batch_size * args.gradient_accumulation_steps,
+            steps * args.gradient_accumulation_steps,  # micro-batches an epoch
+            rounds * steps,
+        )
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        # evaluation_mode keeps autocast and leaves out DDP, which would average gradients of different clients.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        try:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        finally:
+            del self.accelerator.prepare_model
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        # Most optimizers start without state; Adagrad does not.
+        self._fresh_optimizer_state = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        start, steps = self.state.global_step, self.layout.steps_per_round
+        rate = LambdaLR(optimizer or self.optimizer, lambda step: self._schedule((start + step) // steps))
+        self.lr_scheduler, self._created_lr_scheduler = rate, True
+        return rate
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if inputs["input_ids"].shape[0] == 0:  # an idle slot
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, num_items_in_batch) * self._engine.loss_share
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Tokens that each client of the coming step is scored on, over all its micro-batches: `[clients]`."""
+        rows = self.args.per_device_train_batch_size
+        counts = [(b["labels"][:, 1:] != -100).sum(1).view(-1, rows).sum(1) for b in batch_samples if len(b["labels"])]
+        return sum(counts).to(device) if counts else None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._engine is None or not self.model.training or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        clients = len(num_items_in_batch)
+        self._engine.stack.expect(inputs["input_ids"].numel())
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        token_losses = -outputs.log_probs  # zero where nothing is scored
+        if self.args.loss_type == "dft":
+            token_losses = token_losses * outputs.log_probs.exp().detach()
+        losses = token_losses.view(clients, -1).sum(1) / num_items_in_batch
+        self._engine.record_loss(losses)
+        counts = outputs.entropy.sum(), outputs.is_top1.sum(), outputs.label_mask.sum(), inputs["attention_mask"].sum()
+        self._token_sums = self._token_sums.to(losses.device) + torch.stack([c.detach().double() for c in counts])
+        return losses.sum()
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # TRL gathers its token metrics at every micro-batch; here they are summed over processes when logged.
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            entropy, correct, scored, tokens = self.accelerator.reduce(self._token_sums, "sum").tolist()
+            self._total_train_tokens += int(tokens)
+            if scored > 0:
+                self._metrics["train"]["entropy"] = [entropy / scored]
+                self._metrics["train"]["mean_token_accuracy"] = [correct / scored]
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._token_sums = torch.zeros_like(self._token_sums)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _clip_grad_norm(self, model):
+        return self._engine.stack.clip_gradients(self.args.max_grad_norm).mean()
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return self._engine.stack.clip_gradients(0.0).mean() if grad_norm is None else grad_norm
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self._engine is None:
+            return super().evaluation_loop(*args, **kwargs)
+        with self._engine.stack.paused():
+            return super().evaluation_loop(*args, **kwargs)
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model, trial):
+        if self.state.global_step % self.layout.steps_per_round:
+            logger.warning("A checkpoint was asked for within a round; it is taken at the round's end.")
+            self._round_callback.save_requested = True
+            return
+        self.store_flos()
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.create_model_card(model_name=Path(self.args.output_dir).name)
+        if self.args.should_save:
+            with whole_folder(target, self._rounds_done, run.identity(self)) as folder:
+                self._save(str(folder))
+                self._engine.server.save(folder / SERVER_NAME)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, save_total_limit=self.args.save_total_limit, use_mtime=True)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        # The plain adapter and the tokenizer; the Trainer's pickled arguments become JSON.
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+        self.processing_class.save_pretrained(str(folder))
+        (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder = Path(resume_from_checkpoint)
+        saved = load_file(folder / "adapter_model.safetensors")
+        for side, tensors in zip("AB", global_pair(self.model), strict=True):
+            for name, tensor in tensors.items():
+                tensor.data.copy_(saved[f"{PEFT_PREFIX}{name}.lora_{side}.weight"])
+        self._engine.server.load(folder / SERVER_NAME)
+        self._first_round = self._rounds_done = read_state(folder, verify=False)["round"]
+
+    def _load_rng_state(self, checkpoint):
+        """Nothing to load: whatever is random in a round is seeded when the round begins."""
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial):
+        super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
+        # The checkpoint's round counts, not its step, which another layout of processes and blocks may have written.
+        self.state.global_step = self._rounds_done * self.layout.steps_per_round
+        self.state.epoch = float(self._rounds_done)
+        return self._rounds_done, 0
