@@ -1,0 +1,318 @@
+"""Recipes: one YAML file, read strictly into dataclasses, which the command line overrides."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+from trl import ModelConfig, TrlParser
+
+from .data.commonsense import check_tasks
+from .partition import SCHEME_OPTIONS
+from .settings import SettingsError, field_problems, is_a, sentence
+
+# Keys of older or other recipes, whose new name is not the most similar one.
+_RENAMED = {
+    "dataset_name": "dataset",
+    "evaluation_strategy": "eval_rounds",
+    "learning_rate_scheduler": "lr_scheduler_type",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",
+}
+
+
+@dataclass
+class RecipeArguments:
+    """Which rows a recipe trains on and how they are split among clients.
+
+    Raises:
+        SettingsError: a ValueError with one line for each setting that cannot work.
+    """
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "miniature (the packaged rows), commonsense (files in data_dir), or what datasets.load_dataset "
+            "takes. None: commonsense if data_dir is given, else miniature."
+        },
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the commonsense rows: <data_dir>/<task>/{train,test}.json."}
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks of miniature or commonsense to use. None: all there are."}
+    )
+    train_rows_per_task: int | None = field(
+        default=None, metadata={"help": "Train on at most so many rows of each task. None: all."}
+    )
+    eval_rows_per_task: int | None = field(
+        default=None, metadata={"help": "Evaluate on at most so many rows of each task. None: all."}
+    )
+    partition: str = field(
+        default="task_dirichlet",
+        metadata={
+            "help": "How rows are split among clients; column takes the clients of partition_column.",
+            "choices": tuple(SCHEME_OPTIONS),
+        },
+    )
+    num_clients: int | None = field(
+        default=None, metadata={"help": "Clients to split the rows among; column counts them itself."}
+    )
+    partition_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of labels to split by (None: task), or of clients for column (None: client_id)."},
+    )
+    dirichlet_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Concentration of the Dirichlet schemes: the smaller, the less alike. None: 0.1."},
+    )
+    shards_per_client: int | None = field(
+        default=None, metadata={"help": "Shards of each client under sorted_shards. None: 2."}
+    )
+
+    def __post_init__(self):
+        problems = field_problems(self)
+        for name in ("train_rows_per_task", "eval_rows_per_task", "num_clients", "shards_per_client"):
+            value = getattr(self, name)
+            if is_a(value, int) and value < 1:
+                problems[name] = sentence(name, "at least 1", value, "raise it")
+        if self.dataset is None:
+            self.dataset = "miniature" if self.data_dir is None else "commonsense"
+        sentences = [*problems.values(), *self._data_problems()]
+        if "partition" not in problems:
+            sentences += self._partition_problems()
+        if sentences:
+            raise SettingsError(sentences)
+
+    @property
+    def partition_options(self) -> dict[str, Any]:
+        """What `partition` takes beside the scheme and the number of clients; None where it does not apply."""
+        by_label = "column" in SCHEME_OPTIONS[self.partition] and self.partition != "column"
+        column = "task" if by_label and self.partition_column is None else self.partition_column
+        return {"column": column, "alpha": self.dirichlet_alpha, "shards_per_client": self.shards_per_client}
+
+    def _data_problems(self) -> Iterable[str]:
+        if self.dataset == "commonsense" and self.data_dir is None:
+            yield sentence("data_dir", "a folder of commonsense rows", None, "give --data_dir a folder")
+        if self.dataset != "commonsense" and self.data_dir is not None:
+            remedy = "remove it, or set dataset to commonsense"
+            yield sentence("data_dir", f"unset for dataset {self.dataset}", self.data_dir, remedy)
+        if self.tasks is not None and self.dataset in ("miniature", "commonsense"):
+            try:
+                check_tasks(self.tasks)
+            except ValueError as error:
+                yield str(error)
+
+    def _partition_problems(self) -> Iterable[str]:
+        taken = SCHEME_OPTIONS[self.partition]
+        options = {"partition_column": "column", "dirichlet_alpha": "alpha", "shards_per_client": "shards_per_client"}
+        for name, option in options.items():
+            if option not in taken and getattr(self, name) is not None:
+                remedy = "remove it or choose another partition"
+                yield sentence(name, f"unset for partition {self.partition}", getattr(self, name), remedy)
+        if is_a(self.dirichlet_alpha, float) and not 1e-6 <= self.dirichlet_alpha <= 1e6:
+            remedy = "for an even split choose partition iid"
+            yield sentence("dirichlet_alpha", "from 1e-6 to 1e6", self.dirichlet_alpha, remedy)
+        if self.partition != "column" and self.num_clients is None:
+            yield sentence(
+                "num_clients", f"set for partition {self.partition}", None, "say how many clients there are"
+            )
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's `ModelConfig` for the one kind of adapter there is here: plain LoRA, so `use_peft` is on by default.
+
+    Raises:
+        SettingsError: a ValueError with one line for each setting that cannot work.
+    """
+
+    use_peft: bool = field(default=True, metadata={"help": "Always true: clients train LoRA adapters."})
+
+    def __post_init__(self):
+        problems = field_problems(self)
+        refused = {
+            "use_peft": (True, "clients train LoRA adapters, so remove it"),
+            "use_dora": (False, "clients hold plain LoRA pairs, so remove it"),
+            "lora_modules_to_save": (None, "clients train LoRA pairs only, so remove it"),
+            "lora_target_parameters": (None, "LoRA pairs sit in linear modules, so name those in lora_target_modules"),
+            "lora_task_type": ("CAUSAL_LM", "the trainer fine-tunes causal language models, so remove it"),
+        }
+        for name, (works, remedy) in refused.items():
+            if getattr(self, name) != works:
+                expected = "unset" if works is None else f"left at {works!r}"
+                problems[name] = sentence(name, expected, getattr(self, name), remedy)
+        if not self.model_name_or_path:
+            remedy = "name a model of the Hub or a folder that holds one"
+            problems["model_name_or_path"] = sentence("model_name_or_path", "set", self.model_name_or_path, remedy)
+        for name in ("lora_r", "lora_alpha"):
+            if is_a(getattr(self, name), int) and getattr(self, name) < 1:
+                problems[name] = sentence(name, "at least 1", getattr(self, name), "raise it")
+        if is_a(self.lora_dropout, float) and not 0 <= self.lora_dropout < 1:
+            remedy = "choose a share such as 0.1"
+            problems["lora_dropout"] = sentence("lora_dropout", "at least 0 and below 1", self.lora_dropout, remedy)
+        if self.load_in_4bit is True and self.load_in_8bit is True:
+            problems["load_in_8bit"] = sentence("load_in_8bit", "off beside load_in_4bit", True, "keep one of the two")
+        if self.load_in_4bit is True and self.dtype in (None, "auto"):
+            remedy = "set dtype to bfloat16, in which 4-bit weights are then multiplied"
+            problems["dtype"] = sentence("dtype", "a precision beside load_in_4bit", self.dtype, remedy)
+        if problems:
+            raise SettingsError(list(problems.values()))
+        targets = self.lora_target_modules
+        super().__post_init__()
+        # ModelConfig makes [q_proj] the text q_proj, which PEFT takes for a pattern of a module's whole path.
+        if isinstance(targets, list) and len(targets) == 1 and re.fullmatch(r"[\w.]+", targets[0]):
+            self.lora_target_modules = targets
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that remembers in `twice` which keys are given more than once; the last value would count silently."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.twice: list[str] = []
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        self.twice += sorted({str(key) for key in keys if keys.count(key) > 1})
+        return super().construct_mapping(node, deep)
+
+
+class _Parser(TrlParser):
+    """TRL's parser, with errors raised instead of printed with 300 lines of usage."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parse_recipe(dataclass_types: Iterable[type], args: list[str] | None = None) -> tuple[Any, ...]:
+    """Read a recipe: the file named by `--config` and, over it, the other command-line arguments.
+
+    As TRL's parser: a file's keys are fields of the dataclasses, its `env` sets environment variables, and texts are
+    converted to the type of their field (YAML reads `1e-4` as a text). Unlike it, whatever is wrong is told at once:
+    keys that no dataclass has, each with the nearest one that exists, and all that the dataclasses object to.
+
+    Args:
+        dataclass_types: dataclasses that share no field.
+        args: the command line; None takes that of the process.
+
+    Returns:
+        One instance of each of `dataclass_types`, in order.
+
+    Raises:
+        SettingsError: a ValueError with one line for each problem.
+    """
+    types = list(dataclass_types)
+    parser = _Parser(types, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, which the other arguments override.")
+    problems: list[str] = []
+    converters, given = _command_line(parser, sys.argv[1:] if args is None else args, problems)
+    path = given.pop("config", None)
+    values = ({} if path is None else _from_file(path, converters, problems)) | given
+    unconverted = {name for name in values if not _convert(values, name, converters[name])}
+    results = []
+    for each in types:
+        own = {field.name for field in fields(each) if field.init} & values.keys()
+        try:
+            results.append(each(**{name: values[name] for name in own}))
+        except SettingsError as error:
+            problems += error.problems
+        except (ValueError, TypeError) as error:
+            problems.append(str(error))
+        else:
+            known = f"a value that {each.__name__} can read"
+            problems += [sentence(name, known, values[name], "correct it") for name in sorted(own & unconverted)]
+    defaults = {field.name: field.default for each in types for field in fields(each)}
+    problems += _joint_problems(defaults | values)
+    if problems:
+        raise SettingsError(problems)
+    return tuple(results)
+
+
+def _command_line(
+    parser: _Parser, args: list[str], problems: list[str]
+) -> tuple[dict[str, Callable | None], dict[str, Any]]:
+    """What converts the text of each field, and the texts that the command line gives."""
+    if {"-h", "--help"} & set(args):
+        parser.print_help()
+        raise SystemExit(0)
+    converters: dict[str, Callable | None] = {}
+    for action in parser._actions:
+        # Conversion and choices are left to later, when all problems can be told together.
+        converters[action.dest] = converters.get(action.dest) or action.type
+        action.type, action.choices, action.required = None, None, False
+    absent = object()
+    try:
+        given, unknown = parser.parse_known_args(args, argparse.Namespace(**dict.fromkeys(converters, absent)))
+    except ValueError as error:  # from here on, flags and values cannot be told apart
+        raise SettingsError([f"Expected a value after its flag, found {error}: write --name value."]) from error
+    del converters["help"], converters["config"]
+    flags = [text for text in unknown if text.startswith("--")] or unknown
+    problems += [_unknown(flag.split("=")[0].lstrip("-"), converters, "on the command line") for flag in flags]
+    return converters, {name: value for name, value in vars(given).items() if value is not absent}
+
+
+def _from_file(path: str, known: Collection[str], problems: list[str]) -> dict[str, Any]:
+    """The settings of a YAML file, once its `env` is set; what is wrong with its keys is added to `problems`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            loader = _StrictLoader(file)
+            values = loader.get_single_data()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())
+        raise SettingsError([f"Expected a YAML file at {path}, found {found}: name another or correct it."]) from error
+    if not isinstance(values, dict):
+        remedy = "write lines such as num_rounds: 10"
+        raise SettingsError([sentence(path, "a YAML mapping of settings to values", values, remedy)])
+    problems += [f"Expected {key} once in {path}, found it more often: keep one." for key in loader.twice]
+    environment = values.pop("env", None) or {}
+    if isinstance(environment, dict):
+        os.environ.update({str(name): str(value) for name, value in environment.items()})
+    else:
+        problems.append(
+            sentence("env", "a mapping of variables to values", environment, "indent NAME: value below env:")
+        )
+    problems += [_unknown(name, known, f"in {path}") for name in values if name not in known]
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _unknown(name: Any, known: Collection[str], where: str) -> str:
+    near = _RENAMED.get(name) or next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
+    remedy = f"did you mean {near}?" if near else "remove it."
+    return f"Expected only settings that exist {where}, found {name}: {remedy}"
+
+
+def _convert(values: dict[str, Any], name: str, convert: Callable | None) -> bool:
+    """Turn texts into values of their field, in place; False if one cannot be."""
+    value = values[name]
+    texts = isinstance(value, str) or (isinstance(value, list) and any(isinstance(item, str) for item in value))
+    if not texts or convert is None:
+        return True
+    try:
+        values[name] = convert(value) if isinstance(value, str) else [convert(str(item)) for item in value]
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return False
+    return True
+
+
+def _joint_problems(values: dict[str, Any]) -> Iterable[str]:
+    """Settings of different dataclasses that do not go together."""
+    clients, ranks = values.get("num_clients"), values.get("client_ranks")
+    ranks = ranks if isinstance(ranks, list) and all(is_a(rank, int) for rank in ranks) else []
+    global_rank = ("lora_r", values.get("lora_r"))
+    for name, value, (limit_name, limit) in (
+        ("max_rank", values.get("max_rank"), global_rank),
+        ("client_ranks", max(ranks, default=None), global_rank),
+        ("clients_per_round", values.get("clients_per_round"), ("num_clients", clients)),
+    ):
+        if is_a(value, int) and is_a(limit, int) and value > limit:
+            yield sentence(name, f"at most {limit_name} ({limit})", value, f"lower it or raise {limit_name}")
+    if ranks and is_a(clients, int) and 0 < clients != len(ranks):
+        remedy = "give as many ranks as clients"
+        yield f"Expected client_ranks to be of length num_clients ({clients}), found {len(ranks)}: {remedy}."
