@@ -1,0 +1,39 @@
+"""What every test shares: no network, one thread, quiet bars, and the folder of real rows."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Before any Hugging Face import, and inherited by the processes that tests start. One thread: the models are tiny, and
+# the processes of a test would fight over the cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fslora-test-datasets-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+import pytest  # noqa: E402  (the environment comes first)
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.worker_train")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: more than ten seconds; run by default")
+
+
+@pytest.fixture(scope="session")
+def commonsense_dir() -> Path:
+    """The folder of real rows, `<folder>/<task>/{train,test}.json`."""
+    named = os.environ.get("FSLORA_COMMONSENSE_DIR")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data" / "commonsense"
+    if not folder.is_dir():
+        pytest.skip(f"Expected real rows in {folder}, found no such folder: set FSLORA_COMMONSENSE_DIR to one.")
+    return folder

@@ -1,0 +1,66 @@
+"""Law 2: the size of a block and the number of processes change nothing beyond rounding.
+
+Five clients of five ranks in all layouts, against one client a step. Blocks of 2 on 2 processes make three blocks in
+two turns: the last block is ragged and the second process idles through the second turn.
+"""
+
+import pytest
+
+from tests import reference
+from tests.worker_train import build, check_same_ledger, launch, load_result
+
+EXACT = 1e-9
+ARGS = {
+    "optim": "adamw_torch",
+    "num_rounds": 3,
+    "local_steps": 2,
+    "gradient_accumulation_steps": 2,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.05,
+    "lr_scheduler_type": "cosine",
+    "client_weighting": "num_examples",
+    "client_ranks": [1, 2, 4, 6, 3],
+    "server_optim": "adamw",
+}
+LORA = {"rslora": True}
+
+
+@pytest.fixture(scope="module")
+def one_client_a_step(tmp_path_factory):
+    """The sequential run: its folder and its final global adapter."""
+    folder = tmp_path_factory.mktemp("sequential")
+    trainer = build(folder, {**ARGS, "per_device_train_clients": 1}, LORA)
+    start = reference.read_adapter(trainer.model)
+    trainer.train()
+    end = reference.read_adapter(trainer.model)
+    assert trainer.state.global_step == 3 * 5 * 2  # rounds x blocks x local steps
+    assert reference.max_difference(start, end) > 1e-3
+    return folder, end
+
+
+@pytest.mark.parametrize("block, steps", [(2, 18), (3, 12), (5, 6), (8, 6)])
+def test_law_2_blocks(one_client_a_step, tmp_path, block, steps):
+    folder, end = one_client_a_step
+    trainer = build(tmp_path, {**ARGS, "per_device_train_clients": block}, LORA)
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert reference.max_difference(reference.read_adapter(trainer.model), end) < EXACT
+    check_same_ledger(tmp_path, folder)
+
+
+@pytest.mark.slow
+def test_law_2_two_processes(one_client_a_step, tmp_path):
+    folder, end = one_client_a_step
+    job = {
+        "output_dir": str(tmp_path / "run"),
+        "args": {**ARGS, "per_device_train_clients": 2},
+        "lora": LORA,
+        "dtype": "float64",
+        "result": str(tmp_path / "end"),
+    }
+    finished = launch(job, tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    first, second = load_result(tmp_path / "end", 0), load_result(tmp_path / "end", 1)
+    assert reference.max_difference(first, second) == 0  # both processes hold the same global adapter
+    assert reference.max_difference(first, end) < EXACT
+    check_same_ledger(tmp_path / "run", folder)
