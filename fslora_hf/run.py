@@ -1,5 +1,6 @@
 """What makes a run that run, and where a call of `train()` starts: anew, or from a checkpoint of the same run."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .adapter import lora_layers
 from .checkpoint import CheckpointError, describe_difference, last_checkpoint, read_state
 from .clients import client_ranks
 from .config import FederatedSketchConfig
@@ -21,7 +23,7 @@ logger = logging.getLogger(__name__)
 IDENTITY_NAME = "federated_run.json"
 
 _DEFINING_ARGUMENTS = (
-    "seed data_seed method client_ranks rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
+    "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
     "client_weighting learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
 ).split()
@@ -48,11 +50,19 @@ def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
             "clients": len(trainer.client_index),
             "clients_per_round": trainer.cohort_size,
             "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            "adapted modules": sorted(lora.target_modules),
+            "client_ranks": None if args.client_ranks is None else _digest(args.client_ranks),
+            "model": type(trainer.model.get_base_model()).__name__,
+            "adapted layers": _digest(list(lora_layers(trainer.model))),
             "data": digest_rows(trainer.train_dataset, args.client_id_column),
         }
         trainer._identity = json.loads(json.dumps(values, default=str))
     return trainer._identity
+
+
+def _digest(values: list) -> str:
+    """A short list as it is, a long one by its length and a hash: a million ranks do not belong into a state file."""
+    text = json.dumps(values)
+    return text if len(text) <= 200 else f"{len(values)} entries, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> str | None:

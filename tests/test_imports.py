@@ -14,6 +14,7 @@ ROWS = [
     {"loader", "engine", "checks", "recipe"},
     {"run", "callbacks"},
     {"trainer", "hub"},
+    {"launch"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

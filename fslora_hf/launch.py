@@ -1,0 +1,74 @@
+"""From a recipe to a trained adapter: what the scripts in recipes/ have in common."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import get_peft_config, get_quantization_config
+
+from .config import FederatedSketchConfig
+from .data.sources import load_rows
+from .partition import partition
+from .recipe import ModelArguments, RecipeArguments
+from .report import ledger_table, plot_ledger, read_ledger
+from .trainer import FederatedSketchTrainer
+
+
+def held_out_rows(recipe: RecipeArguments, seed: int) -> Dataset | None:
+    """The rows a recipe is evaluated on, None if its data set holds none out."""
+    source = {"data_dir": recipe.data_dir, "tasks": recipe.tasks, "seed": seed}
+    return load_rows(recipe.dataset, "test", rows_per_task=recipe.eval_rows_per_task, **source)
+
+
+def build_trainer(
+    recipe: RecipeArguments,
+    args: FederatedSketchConfig,
+    model_args: ModelArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FederatedSketchTrainer:
+    """The trainer that a recipe describes: its rows split among clients, its model loaded."""
+    source = {"data_dir": recipe.data_dir, "tasks": recipe.tasks, "seed": args.seed}
+    train = load_rows(recipe.dataset, "train", rows_per_task=recipe.train_rows_per_task, **source)
+    train = partition(
+        train,
+        recipe.partition,
+        recipe.num_clients,
+        seed=args.seed,
+        client_id_column=args.client_id_column,
+        min_examples=args.min_examples,
+        **recipe.partition_options,
+    )
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return FederatedSketchTrainer(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out_rows(recipe, args.seed),
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+        callbacks=list(callbacks),
+    )
+
+
+def finish(trainer: FederatedSketchTrainer, evaluation: dict[int, float] | None = None) -> str:
+    """Write the final adapter and the figure of the rounds beside the ledger; returns the ledger as a table.
+
+    `evaluation` maps a number of finished rounds to the held-out loss then, for the figure; None takes what the
+    trainer evaluated on its way.
+    """
+    trainer.save_model(trainer.args.output_dir)
+    if not trainer.is_world_process_zero():
+        return ""
+    if evaluation is None:
+        history = trainer.state.log_history
+        evaluation = {round(row["epoch"]): row["eval_loss"] for row in history if "eval_loss" in row}
+    rounds = read_ledger(trainer.ledger_path)
+    output_dir = Path(trainer.args.output_dir)
+    plot_ledger(rounds, output_dir / "rounds.png", evaluation, title=f"{trainer.args.method}, {len(rounds)} rounds")
+    return ledger_table(rounds, every=max(1, len(rounds) // 20))

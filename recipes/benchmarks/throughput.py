@@ -1,0 +1,253 @@
+"""Tokens per second and peak memory of local steps, against plain SFTTrainer on the same tokens.
+
+    python recipes/benchmarks/throughput.py --model ~/.cache/fslora_hf/SmolLM2-135M-Instruct --cpu
+    python recipes/benchmarks/throughput.py --model llama3.2-3b --dtype bfloat16 --length 256 --clients 10
+
+Every measurement is a process of its own, so that its peak memory is its own; the variants take turns (A B C D,
+A B C D, ...), so that a machine whose speed drifts drifts for all. Clients have the full global rank: nothing is
+gained by training less. Ratios are of medians. Writes JSON, and a PNG beside it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+VARIANTS = {
+    "sft": "SFTTrainer, one client's batch",
+    "one": "FederatedSketchTrainer, one client a step",
+    "sft_block": "SFTTrainer, the block's whole batch",
+    "block": "FederatedSketchTrainer, a block a step",
+}
+PACKAGES = "torch transformers trl peft accelerate datasets fslora_hf".split()
+# Shapes of models that can be timed with random weights.
+SHAPES = {
+    "smollm2-135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                         num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+    "llama3.2-1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                        num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True),
+    "llama3.2-3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                        num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=True),
+}  # fmt: skip
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help=f"a folder, or random weights of {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows of one client in a step")
+    parser.add_argument("--length", type=int, default=96, help="tokens of a row")
+    parser.add_argument("--completion", type=int, default=8, help="tokens scored with loss on completions")
+    parser.add_argument("--clients", type=int, default=4, help="clients in a block")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a process, after two that are not timed")
+    parser.add_argument("--repeats", type=int, default=3, help="processes of each variant")
+    parser.add_argument("--output", default="docs/benchmarks/throughput_cpu.json")
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--scored", choices=["completion", "all"], default="completion", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def load_model(options: argparse.Namespace):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    dtype = getattr(torch, options.dtype)
+    if options.model in SHAPES:
+        torch.manual_seed(0)
+        config = LlamaConfig(**SHAPES[options.model], max_position_embeddings=4096)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+
+
+def make_rows(options: argparse.Namespace, vocabulary: int):
+    """Random tokens: how fast a step is does not depend on which they are."""
+    import numpy as np
+    from datasets import Dataset
+
+    rows = options.clients * options.batch_size * 4
+    tokens = np.random.default_rng(0).integers(10, vocabulary, (rows, options.length))
+    labels = tokens.copy()
+    if options.scored == "completion":
+        labels[:, : -options.completion] = -100
+    owners = np.arange(rows) % options.clients
+    columns = {"input_ids": tokens.tolist(), "labels": labels.tolist(), "client_id": owners.tolist()}
+    return Dataset.from_dict(columns)
+
+
+def make_tokenizer():
+    """A tokenizer for the trainers' constructors; the rows are tokens already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+
+
+def work(options: argparse.Namespace) -> dict:
+    """Time the steps of one variant in this process."""
+    import torch
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.ends = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if torch.cuda.is_available() and not args.use_cpu:
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+
+    clock, steps = Clock(), options.steps + 2
+    model = load_model(options)
+    block = options.clients if options.worker in ("block", "sft_block") else 1
+    federated = options.worker in ("one", "block")
+    with tempfile.TemporaryDirectory() as output_dir:
+        shared = dict(output_dir=output_dir, use_cpu=options.cpu, bf16=False, activation_checkpointing=False,
+                      report_to="none", disable_tqdm=True, logging_steps=1000, learning_rate=1e-4, max_length=None,
+                      lr_scheduler_type="constant")  # fmt: skip
+        if federated:
+            args = FederatedSketchConfig(
+                **shared,
+                num_rounds=1,
+                local_steps=steps,
+                clients_per_round=block,
+                per_device_train_clients=block,
+                per_device_train_batch_size=options.batch_size,
+                save_rounds=0,
+            )
+        else:
+            batch = options.batch_size * block
+            args = SFTConfig(**shared, max_steps=steps, per_device_train_batch_size=batch, save_strategy="no")
+        trainer = (FederatedSketchTrainer if federated else SFTTrainer)(
+            model=model,
+            args=args,
+            train_dataset=make_rows(options, model.config.vocab_size),
+            processing_class=make_tokenizer(),
+            peft_config=LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS),
+            callbacks=[clock],
+        )
+        trainer.train()
+    seconds = [later - earlier for earlier, later in zip(clock.ends[1:-1], clock.ends[2:], strict=True)]
+    on_gpu = torch.cuda.is_available() and not options.cpu
+    return {
+        "tokens": block * options.batch_size * options.length,
+        "seconds": seconds,
+        "peak_bytes": torch.cuda.max_memory_allocated()
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def run_worker(options: argparse.Namespace, variant: str, scored: str) -> dict:
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", variant, "--scored", scored]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"Expected the variant {variant} to run, found:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarise(measured: dict[str, list[dict]]) -> dict[str, dict]:
+    """Median tokens per second and largest peak of each variant, and speed against SFTTrainer's."""
+    rows = {}
+    for variant, runs in measured.items():
+        speeds = [runs[0]["tokens"] / seconds for one in runs for seconds in one["seconds"]]
+        rows[variant] = {
+            "tokens_per_second": statistics.median(speeds),
+            "slowest_fastest": [min(speeds), max(speeds)],
+            "peak_gigabytes": max(one["peak_bytes"] for one in runs) / 1e9,
+        }
+    for variant, row in rows.items():
+        row["against_sft"] = row["tokens_per_second"] / rows["sft"]["tokens_per_second"]
+        whole = rows["sft_block"] if variant in ("block", "sft_block") else rows["sft"]
+        row["against_sft_same_batch"] = row["tokens_per_second"] / whole["tokens_per_second"]
+        row["memory_against_sft_same_batch"] = row["peak_gigabytes"] / whole["peak_gigabytes"]
+    return rows
+
+
+def print_table(title: str, rows: dict[str, dict]) -> None:
+    print(f"\n{title}")
+    print(f"{'':44}{'tokens/s':>10}{'vs SFT':>8}{'vs same batch':>15}{'peak GB':>9}")
+    for variant, row in rows.items():
+        print(
+            f"{VARIANTS[variant]:44}{row['tokens_per_second']:10.0f}{row['against_sft']:8.2f}"
+            f"{row['against_sft_same_batch']:15.2f}{row['peak_gigabytes']:9.2f}"
+        )
+
+
+def plot(result: dict, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (scored, rows) in zip(figure.subplots(1, 2), result["results"].items(), strict=True):
+        names = [VARIANTS[variant].replace(", ", "\n") for variant in rows]
+        speeds = [row["tokens_per_second"] for row in rows.values()]
+        colours = ["#9aa5b1" if variant.startswith("sft") else "#2f6db3" for variant in rows]
+        bars = axes.barh(names, speeds, color=colours)
+        axes.bar_label(bars, [f"{speed:.0f}  ({row['against_sft']:.2f}x)" for speed, row in
+                              zip(speeds, rows.values(), strict=True)], padding=3, fontsize=8)  # fmt: skip
+        axes.set(title=f"loss on {scored}", xlabel="tokens per second", xlim=(0, max(speeds) * 1.35))
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    options = parse()
+    if options.worker:
+        print(json.dumps(work(options)))
+        return
+    result = {"settings": vars(options) | {"model": Path(options.model).name}, "results": {}}
+    result["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    total, done, start = 2 * options.repeats * len(VARIANTS), 0, time.monotonic()
+    for scored in ("completion", "all"):
+        measured: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
+        for _ in range(options.repeats):
+            for variant in VARIANTS:
+                measured[variant].append(run_worker(options, variant, scored))
+                done += 1
+                left = (time.monotonic() - start) / done * (total - done)
+                print(f"{done}/{total} {scored}: {variant}, {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
+        result["results"][f"{scored} tokens" if scored == "all" else "completions"] = summarise(measured)
+        result["hardware"] = {key: measured["sft"][0][key] for key in ("device", "threads")}
+    for title, rows in result["results"].items():
+        print_table(f"Loss on {title}", rows)
+    for private in ("worker", "scored", "output"):
+        result["settings"].pop(private)
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(result, output.with_suffix(".png"))
+    print(f"\nWritten: {output}, {output.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

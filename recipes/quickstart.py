@@ -1,0 +1,96 @@
+"""The quickstart: a small federated run, and what it did to held-out rows.
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/quickstart.py
+
+Settings come from recipes/smollm2_135m/quickstart.yaml; any of them can be given on the command line instead.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from datasets import disable_progress_bars
+
+from fslora_hf import FederatedSketchConfig
+from fslora_hf.evaluation.scoring import Losses, Scores, held_out_loss, score_options
+from fslora_hf.launch import build_trainer, finish, held_out_rows
+from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
+from fslora_hf.report import read_ledger, totals
+from fslora_hf.settings import SettingsError
+
+RECIPE = Path(__file__).parent / "smollm2_135m" / "quickstart.yaml"
+
+
+def unused_folder(folder: str) -> str:
+    """The folder, or with a number behind it if a run is in it already: no run is lost to the next."""
+    candidate, number = Path(folder), 1
+    while candidate.exists() and any(candidate.iterdir()):
+        number += 1
+        candidate = Path(f"{folder}-{number}")
+    return str(candidate)
+
+
+def evaluate(trainer, rows, when: str) -> tuple[Losses, Scores]:
+    """Loss and accuracy of the global adapter on held-out rows."""
+    print(f"Scoring {len(rows)} held-out rows {when} training ...", flush=True)
+    trainer.model.eval()
+    batch = trainer.args.per_device_eval_batch_size
+    return (
+        held_out_loss(trainer.model, trainer.processing_class, rows, batch),
+        score_options(trainer.model, trainer.processing_class, rows, batch),
+    )
+
+
+def results_table(before: tuple[Losses, Scores], after: tuple[Losses, Scores]) -> str:
+    """One row a task. An improvement is marked only where accuracy rose beyond both its start and the majority rate,
+    each by more than its standard error: always giving the most common answer is no skill."""
+    lines = [f"{'task':14}{'rows':>5}  {'loss':>15}  {'accuracy':>15}  {'majority':>8}  improved"]
+    for task, new in after[1].tasks.items():
+        old = before[1].tasks[task]
+        improved = new.accuracy - new.standard_error > max(old.accuracy, new.majority_rate)
+        loss = f"{before[0].tasks[task]:.3f} -> {after[0].tasks[task]:.3f}"
+        accuracy = f"{old.accuracy:6.1%} -> {new.accuracy:.1%}"
+        verdict = "yes" if improved else "no"
+        lines.append(f"{task:14}{new.rows:5}  {loss:>15}  {accuracy:>15}  {new.majority_rate:8.1%}  {verdict}")
+    lines.append(f"{'all':14}{len(after[1].outcomes):5}  {before[0].overall:.3f} -> {after[0].overall:.3f}")
+    return "\n".join(lines)
+
+
+def to_json(losses: Losses, scores: Scores) -> dict:
+    tasks = {
+        task: {"loss": losses.tasks[task], **{k: getattr(score, k) for k in score.__dataclass_fields__}}
+        for task, score in scores.tasks.items()
+    }
+    return {"loss": losses.overall, "tasks": tasks}
+
+
+def main() -> None:
+    start = time.monotonic()
+    disable_progress_bars()
+    try:
+        parsed = parse_recipe(
+            (RecipeArguments, FederatedSketchConfig, ModelArguments), ["--config", str(RECIPE), *sys.argv[1:]]
+        )
+    except SettingsError as error:
+        sys.exit(str(error))
+    recipe, args, model_args = parsed
+    args.output_dir = unused_folder(args.output_dir)
+    trainer = build_trainer(recipe, args, model_args)
+    held_out = held_out_rows(recipe, args.seed)
+    before = evaluate(trainer, held_out, "before")
+    trainer.train()
+    after = evaluate(trainer, held_out, "after")
+    table = finish(trainer, {0: before[0].overall, args.num_rounds: after[0].overall})
+    moved = totals(read_ledger(trainer.ledger_path))
+    results = {"before": to_json(*before), "after": to_json(*after), "moved": moved}
+    (Path(args.output_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"\nRounds\n{table}\n\nHeld-out rows, before and after\n{results_table(before, after)}\n")
+    print(
+        f"Sent: {moved['bytes_total'] / 1e6:.1f} MB, {moved['ratio']:.0%} of what full-rank LoRA would have sent.\n"
+        f"Figure, table and adapter: {args.output_dir}   ({(time.monotonic() - start) / 60:.1f} minutes)"
+    )
+
+
+if __name__ == "__main__":
+    main()

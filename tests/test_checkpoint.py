@@ -1,0 +1,248 @@
+"""Checkpoints are whole or not there, their files are checked, and the ledger survives being torn."""
+
+import errno
+import json
+import logging
+import resource
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fslora_hf.checkpoint import (
+    STATE_NAME,
+    CheckpointError,
+    describe_difference,
+    last_checkpoint,
+    read_state,
+    whole_folder,
+)
+from fslora_hf.ledger import append_round, keep_rounds, read_ledger
+
+RUN = {"seed": 1, "ranks": (1, 2)}  # as JSON gives it back, a tuple is a list
+
+
+def write(target, round: int = 3, run: dict = RUN, content: str = "adapter"):
+    with whole_folder(target, round, run) as folder:
+        (folder / "sub").mkdir()
+        (folder / "a.txt").write_text(content)
+        (folder / "sub" / "b.txt").write_text("b")
+    return target
+
+
+def files(folder) -> dict[str, bytes]:
+    """Every file under a folder, hidden ones too, and its content."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_written_checkpoint_reads_back(tmp_path):
+    state = read_state(write(tmp_path / "new" / "checkpoint-6"))
+    assert state["round"] == 3 and state["run"] == {"seed": 1, "ranks": [1, 2]}
+    assert sorted(state["files"]) == ["a.txt", "sub/b.txt"]
+    assert sorted(files(tmp_path)) == [f"new/checkpoint-6/{name}" for name in ("a.txt", STATE_NAME, "sub/b.txt")]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "sub/b.txt"])
+@pytest.mark.parametrize("damage", ["changed", "removed"])
+def test_a_checksum_mismatch_is_an_error(tmp_path, name, damage):
+    path = write(tmp_path / "checkpoint-6") / name
+    path.write_text("other") if damage == "changed" else path.unlink()
+    found = "[0-9a-f]{12}" if damage == "changed" else "nothing"
+    message = rf"Expected .*{name} with the checksum [0-9a-f]{{12}}, found {found}: .*restore it or resume"
+    with pytest.raises(CheckpointError, match=message):
+        read_state(tmp_path / "checkpoint-6")
+    assert read_state(tmp_path / "checkpoint-6", verify=False)["round"] == 3
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"round": 3}', "null", ""])
+def test_a_damaged_state_file_is_an_error(tmp_path, text):
+    (write(tmp_path / "checkpoint-6") / STATE_NAME).write_text(text)
+    with pytest.raises(CheckpointError, match=f"Expected a readable {STATE_NAME} in .*, found damage .*: resume from"):
+        read_state(tmp_path / "checkpoint-6")
+
+
+def test_a_named_unfinished_checkpoint_is_an_error(tmp_path):
+    (write(tmp_path / "checkpoint-6") / STATE_NAME).unlink()
+    for folder in (tmp_path / "checkpoint-6", tmp_path / "missing"):
+        message = f"Expected a finished checkpoint in .*, found no {STATE_NAME}: name a finished one, or pass"
+        with pytest.raises(CheckpointError, match=message):
+            read_state(folder)
+
+
+def test_the_last_checkpoint_has_most_rounds_and_unfinished_ones_are_passed_over(tmp_path, caplog):
+    write(tmp_path / "checkpoint-100", round=2)
+    write(tmp_path / "checkpoint-20", round=10)  # fewer steps, more rounds: written by more processes
+    write(tmp_path / "checkpoint-30", round=9)
+    (write(tmp_path / "checkpoint-200", round=50) / STATE_NAME).unlink()
+    shutil.copytree(tmp_path / "checkpoint-20", tmp_path / ".checkpoint-300.partial")
+    (tmp_path / "checkpoint-note.txt").write_text("not a folder")
+    (tmp_path / "other").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
+    passed_over = [
+        f"Passing over the unfinished checkpoint {tmp_path / name}." for name in (".checkpoint-300.partial",)
+    ]
+    assert caplog.messages == [*passed_over, f"Passing over the unfinished checkpoint {tmp_path / 'checkpoint-200'}."]
+
+
+def test_no_last_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "missing") is None
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+DISK_FULL = r"\[Errno 28\] Expected to write the checkpoint .*checkpoint-9, found 'No space left on device': earlier "
+
+
+@pytest.mark.parametrize("moment", ["first file", "state file", "fsync", "rename"])
+def test_a_full_disk_leaves_earlier_checkpoints_whole(tmp_path, monkeypatch, moment):
+    write(tmp_path / "checkpoint-6", round=2)
+    before = files(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=DISK_FULL + "checkpoints are whole; make room"):
+        if moment == "first file":
+            with whole_folder(tmp_path / "checkpoint-9", 3, RUN) as folder:
+                (folder / "half").write_text("half")
+                no_space()
+        name = {"state file": "pathlib.Path.write_text", "fsync": "os.fsync", "rename": "os.replace"}.get(moment)
+        with whole_folder(tmp_path / "checkpoint-9", 3, RUN) as folder:
+            (folder / "a.txt").write_text("a")
+            patch.setattr(name, no_space)
+    assert files(tmp_path) == before and not list(tmp_path.glob(".*"))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
+@pytest.fixture
+def small_files():
+    """Files of this process end at 2000 bytes, which a writer meets as it meets a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # Python ignores the signal that goes with it
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_under_safetensors_is_told_like_any_other(tmp_path, small_files):
+    """Its writer raises an error of its own, which is no OSError."""
+    write(tmp_path / "checkpoint-6", round=2)
+    before = files(tmp_path)
+    message = (
+        "Expected to write the checkpoint .*checkpoint-9, found '.*File too large.*': earlier checkpoints are whole"
+    )
+    with pytest.raises(OSError, match=message), whole_folder(tmp_path / "checkpoint-9", 3, RUN) as folder:
+        save_file({"a": torch.zeros(10_000)}, folder / "adapter_model.safetensors")
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt()])
+def test_another_error_leaves_no_checkpoint_and_the_next_save_succeeds(tmp_path, error):
+    with pytest.raises(type(error)), whole_folder(tmp_path / "checkpoint-9", 3, RUN) as folder:
+        (folder / "half").write_text("half")
+        raise error
+    assert last_checkpoint(tmp_path) is None
+    assert sorted(read_state(write(tmp_path / "checkpoint-9"))["files"]) == ["a.txt", "sub/b.txt"]
+
+
+def test_the_same_round_of_the_same_run_is_replaced(tmp_path):
+    write(tmp_path / "checkpoint-6", content="old")
+    write(tmp_path / "checkpoint-6", content="new")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+    assert (tmp_path / "checkpoint-6" / "a.txt").read_text() == "new"
+
+
+def test_a_failed_replacement_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path / "checkpoint-6", content="old")
+    before = files(tmp_path)
+    monkeypatch.setattr("os.replace", no_space)
+    with pytest.raises(OSError, match="Expected to write the checkpoint"):
+        write(tmp_path / "checkpoint-6", content="new")
+    assert files(tmp_path) == before
+
+
+def test_another_state_at_the_same_step_is_moved_aside(tmp_path, caplog):
+    """Another round (in another layout steps count otherwise), another run, and an unfinished folder, one by one."""
+    target = tmp_path / "checkpoint-6"
+    write(target, round=1, content="first")
+    with caplog.at_level(logging.WARNING):
+        write(target, round=3, content="second")
+    assert f"{target} holds another state (round-1); it is kept as checkpoint-6-round-1." in caplog.messages
+    write(target, round=3, run={"seed": 2}, content="third")
+    write(target, round=3, content="fourth")
+    (target / STATE_NAME).unlink()
+    write(target, content="fifth")
+    assert {path.name: (path / "a.txt").read_text() for path in tmp_path.iterdir()} == {
+        "checkpoint-6": "fifth",
+        "checkpoint-6-round-1": "first",
+        "checkpoint-6-round-3": "second",
+        "checkpoint-6-round-3-older": "third",
+        "checkpoint-6-unfinished": "fourth",
+    }
+
+
+def test_describe_difference():
+    saved, current = {"a": 1, "b": [1], "gone": 5}, {"a": 2, "b": [1], "new": None}
+    assert describe_difference(saved, current) == ["a was 1 and is 2", "gone was 5 and is None"]
+    assert describe_difference(saved, saved) == []
+
+
+# ---- The ledger ----
+
+
+def make_ledger(path, rounds: int = 3, torn: str = ""):
+    for t in range(rounds):
+        append_round(path, {"round": t, "loss": t / 3})
+    with open(path, "a") as file:
+        file.write(torn)
+    return path
+
+
+def test_a_ledger_reads_back(tmp_path):
+    path = make_ledger(tmp_path / "rounds.jsonl")
+    assert read_ledger(path) == [{"round": t, "loss": t / 3} for t in range(3)]
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_ledger_holds_json_that_any_reader_takes(tmp_path):
+    with pytest.raises(ValueError):
+        append_round(tmp_path / "rounds.jsonl", {"round": 0, "loss": float("nan")})
+    assert not (tmp_path / "rounds.jsonl").exists() or not (tmp_path / "rounds.jsonl").read_text()
+
+
+@pytest.mark.parametrize("torn", ['{"round": 3, "lo', '{"round": 3', "{"])
+def test_a_torn_last_line_is_left_out(tmp_path, torn):
+    path = make_ledger(tmp_path / "rounds.jsonl", torn=torn)
+    assert [record["round"] for record in read_ledger(path)] == [0, 1, 2]
+    assert keep_rounds(path, 3) == 3
+    append_round(path, {"round": 3})
+    assert [json.loads(line)["round"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_a_damaged_line_elsewhere_is_an_error(tmp_path):
+    path = make_ledger(tmp_path / "rounds.jsonl", torn="{torn\n")
+    append_round(path, {"round": 3})
+    before = path.read_text()
+    with pytest.raises(
+        ValueError, match="Expected one JSON object a line in .*, found something else in line 4: rest"
+    ):
+        keep_rounds(path, 2)
+    assert path.read_text() == before
+
+
+def test_keep_rounds_cuts_back_and_leaves_no_other_file(tmp_path):
+    path = make_ledger(tmp_path / "rounds.jsonl", 5)
+    assert keep_rounds(path, 2) == 2 and [record["round"] for record in read_ledger(path)] == [0, 1]
+    assert keep_rounds(path, 9) == 2
+    assert keep_rounds(tmp_path / "new.jsonl", 2, source=path) == 2
+    assert (tmp_path / "new.jsonl").read_text() == path.read_text()
+    assert keep_rounds(tmp_path / "none.jsonl", 2, source=tmp_path / "missing") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new.jsonl", "none.jsonl", "rounds.jsonl"]
+
+
+def test_keep_rounds_replaces_in_one_step(tmp_path, monkeypatch):
+    path = make_ledger(tmp_path / "rounds.jsonl", 5)
+    before = path.read_text()
+    monkeypatch.setattr("os.replace", no_space)
+    with pytest.raises(OSError):
+        keep_rounds(path, 2)
+    assert path.read_text() == before

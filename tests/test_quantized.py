@@ -1,0 +1,118 @@
+"""4-bit and 8-bit bases on a CPU: the stack computes as plain PEFT does, and a run leaves a plain adapter."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from fslora_hf.adapter import ClientStack, global_pair, lora_layers
+from fslora_hf.config import FederatedSketchConfig
+from fslora_hf.methods import ClientAdapter
+from fslora_hf.trainer import FederatedSketchTrainer
+from tests import reference, tiny
+from tests.worker_train import QUIET, SMALL, ledger
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="Expected bitsandbytes, found no such package.")
+KINDS = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+    "8-bit": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bitsandbytes_runs_here():
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    try:
+        layer.to("cpu")(torch.ones(1, 64))
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        pytest.skip(f"Expected bitsandbytes to run on this CPU, found: {error}")
+
+
+@pytest.fixture(scope="module")
+def saved_base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny.base_model(torch.float32).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def quantized(saved_base, kind):
+    return AutoModelForCausalLM.from_pretrained(saved_base, quantization_config=BitsAndBytesConfig(**KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_gradients_equal_a_plain_adapter(saved_base, kind):
+    """Two clients of unequal rank; the base is quantized on both sides of the comparison."""
+    base = quantized(saved_base, kind)
+    model = get_peft_model(base, tiny.lora_config(6, zero_b=False))
+    layer_kinds = {type(layer.get_base_layer()).__name__ for layer in lora_layers(model).values()}
+    assert layer_kinds == {{"nf4": "Linear4bit", "8-bit": "Linear8bitLt"}[kind]}
+    A, B = global_pair(model)
+    held = [{n: (A[n].detach()[:k].clone(), B[n].detach()[:, :k].clone()) for n in A} for k in (2, 4)]
+    stack = ClientStack(model, 2, 4)
+    stack.attach()
+    stack.load(
+        [
+            ClientAdapter({n: a for n, (a, _) in h.items()}, {n: b for n, (_, b) in h.items()}, 6 / k)
+            for h, k in zip(held, (2, 4), strict=True)
+        ]
+    )
+    ids = torch.randint(3, 32, (4, 5), generator=torch.Generator().manual_seed(0))
+    stack.expect(ids.numel())
+    logits = model(input_ids=ids).logits
+    sum(part.square().mean() for part in logits.float().chunk(2)).backward()
+    for slot, (pairs, rank) in enumerate(zip(held, (2, 4), strict=True)):
+        config = copy.deepcopy(model.peft_config["default"])
+        config.r, config.lora_alpha = rank, 12  # 12 / k is the scale 12 / 6 times r / k
+        plain = get_peft_model(quantized(saved_base, kind), config)
+        reference.write_adapter(plain, pairs)
+        expected = plain(input_ids=ids.chunk(2)[slot]).logits
+        # 8-bit rounds every row of activations, so that the two paths' rounding may fall apart by one step of 1/127.
+        close = {"rtol": 1e-4, "atol": 1e-4} if kind == "nf4" else {"rtol": 0.02, "atol": 0.05}
+        torch.testing.assert_close(logits.chunk(2)[slot], expected, **close)
+        expected.float().square().mean().backward()
+        for name, layer in reference.lora_layers(plain):
+            ours = lora_layers(model)[name]
+            for found, wanted in (
+                (ours.client_A.grad[slot, :rank], layer.lora_A["default"].weight.grad),
+                (ours.client_B.grad[slot, :, :rank], layer.lora_B["default"].weight.grad),
+            ):
+                assert torch.linalg.vector_norm(found - wanted) <= 0.05 * torch.linalg.vector_norm(wanted) + 1e-6
+                assert found.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_leaves_an_adapter_for_the_unquantized_base(saved_base, tmp_path, kind):
+    trainer = FederatedSketchTrainer(
+        model=str(saved_base),
+        args=FederatedSketchConfig(
+            output_dir=str(tmp_path),
+            **{**QUIET, **SMALL, "num_rounds": 2, "local_steps": 2, "client_ranks": [1, 2, 3, 4, 6], "save_rounds": 1},
+            per_device_train_clients=2,
+        ),
+        train_dataset=tiny.tokenised(),
+        processing_class=tiny.tokenizer(),
+        peft_config=tiny.lora_config(),
+        quantization_config=BitsAndBytesConfig(**KINDS[kind]),
+    )
+    start = reference.read_adapter(trainer.model)
+    frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora" not in n}
+    trainer.train()
+    end = reference.read_adapter(trainer.model)
+    assert all(a.dtype == b.dtype == torch.float32 for a, b in end.values())
+    assert reference.max_difference(start, end) > 1e-4
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if "lora" not in n)
+    assert [line["refused"] for line in ledger(tmp_path)] == [[], []]
+    (checkpoint,) = tmp_path.glob("checkpoint-12")
+    loaded = PeftModel.from_pretrained(tiny.base_model(torch.float32), checkpoint)
+    assert reference.max_difference(reference.read_adapter(loaded), end) == 0
+    ids = torch.tensor([[3, 9, 5, 4]])
+    with torch.no_grad():
+        assert not torch.equal(loaded(input_ids=ids).logits, loaded.unload()(input_ids=ids).logits)

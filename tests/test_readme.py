@@ -1,0 +1,100 @@
+"""What the README shows works as it stands there."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny
+from test_recipes import launch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=len(tiny.VOCABULARY),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_python_blocks_run_in_order(model, tmp_path, monkeypatch, capsys):
+    """One after the other in one namespace, with a stand-in for MODEL and rows by three authors."""
+    monkeypatch.chdir(tmp_path)
+    authors = ["ann", "bob", "cyd"]
+    rows = [{"prompt": f"w{i % 7} w2 ", "completion": f"w{i % 5} ", "author": authors[i % 3]} for i in range(24)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    namespace = {"__name__": "readme"}
+    code = [block.replace("MODEL", model) for block in blocks("python")]
+    assert len(code) == 4
+    for block in code:
+        exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102
+    assert "[" in capsys.readouterr().out  # the sketch that was printed
+    narrator = namespace["Narrator"]()
+    trainer = namespace["trainer"]
+    args = type(trainer.args)(
+        output_dir="outputs/narrated", num_rounds=1, clients_per_round=2, local_steps=1, use_cpu=True, bf16=False
+    )
+    peft_config, base = trainer.model.peft_config["default"], AutoModelForCausalLM.from_pretrained(model)
+    narrated = type(trainer)(
+        model=base, args=args, train_dataset=namespace["rows"], peft_config=peft_config, callbacks=[narrator]
+    )
+    narrated.train()
+    printed = capsys.readouterr().out
+    assert "now training" in printed and "bytes came back" in printed
+
+
+@pytest.mark.slow
+def test_train_command_runs(model, tmp_path):
+    (command,) = [block for block in blocks("sh") if "accelerate launch" in block]
+    words = shlex.split(
+        command.replace("\\\n", " ").replace("MODEL", model).replace("outputs/mine", str(tmp_path / "r"))
+    )
+    assert words[:3] == ["accelerate", "launch", "--config_file"]
+    shorter = ["--num_rounds", "1", "--local_steps", "1", "--train_rows_per_task", "24"]
+    assert "Adapter, ledger and figure" in launch(*words[4:], *shorter)
+
+
+def test_make_targets_exist():
+    """`make quickstart` and `make test` themselves are run by .ci/run."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE)
+    assert targets == ["quickstart", "test"]
+    ci = (ROOT / ".ci" / "run").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+        assert f"make {target}" in ci
+
+
+def test_keys_of_the_table_exist():
+    from fslora_hf import FederatedSketchConfig
+
+    table = TEXT[TEXT.index("| key |") : TEXT.index("`--help` lists")]
+    keys = {key for row in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1]) if row.strip()}
+    assert len(keys) > 10 and keys <= set(FederatedSketchConfig.__dataclass_fields__)
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
