@@ -58,7 +58,9 @@ class ClientIndex:
     def shard(self, i: int) -> np.ndarray:
         """Rows of the client with the i-th smallest id, int64 `[size]`, ascending (a read-only view, at no cost)."""
         if not 0 <= i < len(self):
-            raise IndexError(f"Expected the position of a client from 0 to {len(self) - 1}, found {i}: count clients by ascending id.")
+            raise IndexError(
+                f"Expected the position of a client from 0 to {len(self) - 1}, found {i}: count by ascending id."
+            )
         return self.rows[self.offsets[i] : self.offsets[i + 1]]
 
 

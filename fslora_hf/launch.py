@@ -30,15 +30,16 @@ def build_trainer(
     """The trainer that a recipe describes: its rows split among clients, its model loaded."""
     source = {"data_dir": recipe.data_dir, "tasks": recipe.tasks, "seed": args.seed}
     train = load_rows(recipe.dataset, "train", rows_per_task=recipe.train_rows_per_task, **source)
-    train = partition(
-        train,
-        recipe.partition,
-        recipe.num_clients,
-        seed=args.seed,
-        client_id_column=args.client_id_column,
-        min_examples=args.min_examples,
-        **recipe.partition_options,
-    )
+    if recipe.partition != "column" or recipe.partition_column != args.client_id_column:
+        train = partition(
+            train,
+            recipe.partition,
+            recipe.num_clients,
+            seed=args.seed,
+            client_id_column=args.client_id_column,
+            min_examples=args.min_examples,
+            **recipe.partition_options,
+        )
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -74,7 +74,9 @@ def plan_round(
     if round < 0:
         raise ValueError(f"Expected a round from 0 on, found {round}.")
     cohort = np.sort(permutation_prefix(len(index), clients_per_round, seed, "cohort", round))
-    sizes = index.sizes[cohort] if client_weighting == "num_examples" else np.ones(len(cohort))
+    # From the cohort's own offsets: index.sizes would cost the whole population.
+    sizes = index.offsets[cohort + 1] - index.offsets[cohort]
+    sizes = sizes if client_weighting == "num_examples" else np.ones(len(cohort))
     weights = sizes / sizes.sum()
     examples = partial(_draw_examples, data_seed if data_seed is not None else seed, round)
     clients = []

@@ -66,7 +66,7 @@ class RecipeArguments:
     )
     partition_column: str | None = field(
         default=None,
-        metadata={"help": "Column of labels to split by (None: task), or of clients for column (None: client_id)."},
+        metadata={"help": "Column of labels to split by (None: task); for column, the one that says whose a row is."},
     )
     dirichlet_alpha: float | None = field(
         default=None,
@@ -119,6 +119,8 @@ class RecipeArguments:
         if is_a(self.dirichlet_alpha, float) and not 1e-6 <= self.dirichlet_alpha <= 1e6:
             remedy = "for an even split choose partition iid"
             yield sentence("dirichlet_alpha", "from 1e-6 to 1e6", self.dirichlet_alpha, remedy)
+        if self.partition == "column" and self.partition_column is None:
+            yield sentence("partition_column", "set for partition column", None, "name the column with the clients")
         if self.partition != "column" and self.num_clients is None:
             yield sentence(
                 "num_clients", f"set for partition {self.partition}", None, "say how many clients there are"

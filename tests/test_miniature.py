@@ -140,16 +140,16 @@ def test_the_facts_carry_the_balance():
 
 @pytest.mark.parametrize("rows", [0, -12, 10, 100])
 def test_numbers_of_rows_that_cannot_balance(rows):
-    with pytest.raises(ValueError, match=f"^Expected rows_per_task to be a positive multiple of 12.* found {rows}: take"):
+    with pytest.raises(ValueError, match=f"^Expected rows_per_task to be .* multiple of 12.* found {rows}: take"):
         load_miniature(rows_per_task=rows)
 
 
 def test_more_rows_than_there_are_facts():
-    with pytest.raises(ValueError, match="^Expected at most about .* rows of boolq for the test split, found .*=12000: "):
-        load_miniature("test", ["boolq"], rows_per_task=12000)
+    with pytest.raises(ValueError, match="^Expected at most about .* rows of piqa for the test split, found .*6000: "):
+        load_miniature("test", ["piqa"], rows_per_task=6000)
 
 
-@pytest.mark.parametrize(("arguments", "found"), [({"split": "validation"}, "validation"), ({"tasks": ["copa"]}, "copa")])
+@pytest.mark.parametrize(("arguments", "found"), [({"split": "dev"}, "dev"), ({"tasks": ["copa"]}, "copa")])
 def test_bad_names(arguments, found):
     with pytest.raises(ValueError, match=f"^Expected .*found .*{found}"):
         load_miniature(**arguments)

@@ -67,6 +67,15 @@ def test_the_seed_fixes_the_split(rows, scheme, num_clients, options):
     assert splits[0] == splits[1] != splits[2]
 
 
+@pytest.mark.parametrize("split", [dirichlet, task_dirichlet, sorted_shards])
+def test_the_seed_fixes_the_draw_itself(split):  # in the test above, the mending also draws
+    labels = np.arange(ROWS) % 3
+    splits = [split(labels, 12, seed=seed).tolist() for seed in (3, 3, 4)]
+    assert splits[0] == splits[1] != splits[2]
+    sizes = [[np.bincount(np.array(clients)[labels == 2], minlength=12).tolist()] for clients in splits]
+    assert sizes[0] == sizes[1] != sizes[2]
+
+
 @pytest.mark.parametrize(
     "scheme, options, golden",
     [  # what the schemes gave when they were written (no twin): were it to change, no earlier split could be repeated
@@ -186,6 +195,11 @@ def test_filled_clients_are_equal_where_the_largest_task_suffices():
     tasks = np.repeat([0, 1, 2], [200, 5000, 103])
     sizes = np.bincount(task_dirichlet(tasks, 10, seed=0), minlength=10)
     assert sorted(sizes.tolist()) == [530] * 7 + [531] * 3
+
+
+def test_rows_of_the_largest_task_fill_in_no_order():
+    clients = task_dirichlet(np.zeros(1000, dtype=np.int64), 2, seed=0)
+    assert abs(np.bincount(clients[:500])[0] - 250) < 5 * np.sqrt(1000 / 16)
 
 
 def test_of_equal_tasks_the_first_fills():

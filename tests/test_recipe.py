@@ -237,6 +237,10 @@ def test_problems_of_other_dataclasses_are_told_too(tmp_path):
             {"dirichlet_alpha": 0},
             "dirichlet_alpha to be from 1e-6 to 1e6, found 0: for an even split choose partition iid",
         ),
+        (
+            {"partition": "column"},
+            "partition_column to be set for partition column, found None: name the column with the clients",
+        ),
         ({"num_clients": 0}, "num_clients to be at least 1, found 0: raise it"),
         (
             {"model_name_or_path": None},
@@ -293,7 +297,6 @@ def test_the_data_set_follows_from_data_dir():
         ({"partition": "task_dirichlet"}, ("task", None, None)),
         ({"partition": "dirichlet", "partition_column": "answer", "dirichlet_alpha": 2.0}, ("answer", 2.0, None)),
         ({"partition": "sorted_shards", "shards_per_client": 3}, ("task", None, 3)),
-        ({"partition": "column"}, (None, None, None)),
         ({"partition": "column", "partition_column": "author"}, ("author", None, None)),
     ],
 )

@@ -7,9 +7,11 @@
     lora              arguments of tiny.lora_config
     dtype             "float64" or "float32"
     resume            resume from the last complete checkpoint
-    result            path; this process's final global adapter is written to `<result>.<rank>.safetensors`
+    result            path; this process's final global adapter is written to `<result>.<rank>.safetensors`, or what
+                      train() refused to do, to `<result>.error`; how many steps it took, to `<result>.steps`
     operations        path; the disk operations of the watched round are written there, one a line
-    watch             [first, last): optimizer steps of this process in which disk operations are counted
+    watch             [first, last): optimizer steps of this process in which disk operations are counted, and the
+                      beginning of the last; first = -1 is the moment before train()
     kill              {"operation": n} at the n-th of them, or {"event": "on_substep_end", "step": n} in the n-th step
 """
 
@@ -55,7 +57,12 @@ def run(job: dict) -> None:
     trainer = build(
         job["output_dir"], job["args"], job.get("lora"), dtype=getattr(torch, job["dtype"]), callbacks=[killer]
     )
-    trainer.train(resume_from_checkpoint=True if job.get("resume") else None)
+    disk.armed = killer.watch[0] < 0
+    try:
+        trainer.train(resume_from_checkpoint=True if job.get("resume") else None)
+    except ValueError as error:
+        Path(f"{job['result']}.error").write_text(f"{type(error).__name__}: {error}")
+        raise
     if job.get("result"):
         pairs = reference.read_adapter(trainer.model)
         halves = {
@@ -64,6 +71,7 @@ def run(job: dict) -> None:
             for h, half in zip("AB", pair, strict=True)
         }
         safetensors.torch.save_file(halves, f"{job['result']}.{os.environ.get('RANK', 0)}.safetensors")
+    Path(f"{job['result']}.steps").write_text(str(killer.step))
     if job.get("operations"):
         Path(job["operations"]).write_text("".join(f"{line}\n" for line in disk.log))
 
@@ -104,11 +112,11 @@ class Killer(TrainerCallback):
         self.kill, self.disk, self.watch, self.step = kill, disk, watch, 0
 
     def on_step_begin(self, *args, **kwargs):
-        if self.step == self.watch[0]:
-            self.disk.armed = True
         if self.step == self.watch[1]:
             self.disk.happens("next round begins", self.disk.root)
             self.disk.armed = False
+        elif self.step == self.watch[0]:
+            self.disk.armed = True
         self._maybe_kill("on_step_begin")
 
     def on_substep_end(self, *args, **kwargs):
@@ -120,6 +128,9 @@ class Killer(TrainerCallback):
     def on_optimizer_step(self, *args, **kwargs):
         self._maybe_kill("on_optimizer_step")
         self.step += 1
+
+    def on_train_end(self, *args, **kwargs):
+        self._maybe_kill("on_train_end")
 
     def _maybe_kill(self, event: str) -> None:
         if self.kill.get("event") == event and self.kill["step"] == self.step and os.environ.get("RANK", "0") == "0":

@@ -19,6 +19,7 @@ Row = dict[str, str]
 Fact = tuple[str, str]  # a question (for boolq the subject of one) and its right answer
 
 _ROWS_STEP = 12  # a multiple of the rows of every task's block
+_PATIENCE = 1000  # draws in a row that bring nothing new before the facts count as used up
 _CHOICES = {
     "ARC-Challenge": 4,
     "ARC-Easy": 4,
@@ -62,13 +63,15 @@ def miniature_rows(task: str, split: str, rows: int, seed: int) -> list[Row]:
     kinds = _facts(task, split)
     drawn: list[Row] = []
     seen: set[str] = set()
-    for attempt in range(100 * rows):
-        path = (seed, "miniature", task, split, attempt)
-        block = _block(task, kinds, path)
+    attempt = latest = 0
+    while attempt - latest < _PATIENCE:
+        block = _block(task, kinds, (seed, "miniature", task, split, attempt))
+        attempt += 1
         texts = {row["instruction"] for row in block}
         if seen.isdisjoint(texts):
             seen |= texts
             drawn += block
+            latest = attempt
         if len(drawn) >= rows:
             return drawn
     raise ValueError(

@@ -1,0 +1,243 @@
+"""Scoring against a naive twin: every option on its own, one row at a time, all logits, in float64."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from fslora_hf.data import completions, load_miniature, options
+from fslora_hf.evaluation import held_out_loss, majority_rate, score_options, standard_error
+from tests import tiny
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def tokenizer(merge: tuple[str, str] | None = None, padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """One token a byte, so that any text has tokens and options have ends of several."""
+    vocabulary = {token: i for i, token in enumerate(["</s>", *BYTES, *(["".join(merge)] if merge else [])])}
+    byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[merge] if merge else []))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    byte_level.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="</s>", padding_side=padding_side)
+
+
+def fitted(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with a vocabulary for `tokenizer`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model.resize_token_embeddings(len(BYTES) + 1, mean_resizing=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fitted(tiny.base_model())
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    """Rows of all tasks in an order that keeps neither tasks nor lengths together."""
+    whole = load_miniature("test", rows_per_task=12)
+    return whole.select([(i * 35) % len(whole) for i in range(22)])
+
+
+def naive_log_likelihood(model, tokenizer, prompt: str, completion: str) -> float:
+    prompt_ids, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + completion)["input_ids"]
+    with torch.no_grad():
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(log_probs[i - 1, ids[i]].item() for i in range(len(prompt_ids), len(ids)))
+
+
+def naive(model, tokenizer, rows, end="</s>") -> list[list[float]]:
+    model.eval()
+    return [
+        [naive_log_likelihood(model, tokenizer, row["prompt"], completion + end) for completion in completions(row)]
+        for row in rows
+    ]
+
+
+def largest_difference(scores, expected) -> float:
+    pairs = zip(scores.outcomes, expected, strict=True)
+    return max(abs(a - b) for outcome, values in pairs for a, b in zip(outcome.log_likelihoods, values, strict=True))
+
+
+@pytest.mark.parametrize("end", ["</s>", ""])
+def test_log_likelihoods_and_choices_are_those_of_the_naive_twin_for_any_batch_size(model, rows, end):
+    expected = naive(model, tokenizer(), rows, end)
+    for batch_size in (1, 3, 8, 100):
+        scores = score_options(model, tokenizer(), rows, batch_size=batch_size, append_eos=bool(end))
+        assert largest_difference(scores, expected) < 1e-9
+        for outcome, row, values in zip(scores.outcomes, rows, expected, strict=True):
+            assert outcome.task == row["task"] and outcome.answer == row["answer"]
+            assert outcome.options == tuple(options(row))
+            assert outcome.choice == options(row)[values.index(max(values))]
+            assert outcome.correct == (outcome.choice == row["answer"])
+
+
+def test_accuracy_by_task_is_counted_from_the_outcomes(model, rows):
+    scores = score_options(model, tokenizer(), rows)
+    assert list(scores.tasks) == list(dict.fromkeys(rows["task"][:]))
+    for task, score in scores.tasks.items():
+        right = [outcome.correct for outcome in scores.outcomes if outcome.task == task]
+        answers = [row["answer"] for row in rows if row["task"] == task]
+        assert score.rows == len(right) == len(answers) and score.invalid == 0
+        assert score.accuracy == sum(right) / len(right)
+        assert score.standard_error == standard_error(score.accuracy, len(right))
+        assert score.majority_rate == majority_rate(answers)
+
+
+def test_a_peft_model_is_scored_with_its_adapter(rows):
+    adapted = get_peft_model(fitted(tiny.base_model()), tiny.lora_config(zero_b=False)).double()
+    with_adapter = score_options(adapted, tokenizer(), rows, batch_size=3)
+    assert largest_difference(with_adapter, naive(adapted, tokenizer(), rows)) < 1e-9
+    with adapted.disable_adapter():
+        assert largest_difference(with_adapter, naive(adapted, tokenizer(), rows)) > 1e-3
+
+
+def test_a_sliding_window_and_capped_logits():
+    """Gemma 2 sees 32 tokens back in every other layer and caps its logits; its norms are float32."""
+    config = Gemma2Config(
+        vocab_size=len(BYTES) + 1,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=32,
+        final_logit_softcapping=2.0,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        gemma = Gemma2ForCausalLM(config).eval()
+    some = load_miniature("test", ["piqa", "boolq"], rows_per_task=12).select(range(8, 16))
+    expected = naive(gemma, tokenizer(), some)
+    for batch_size in (1, 8):
+        assert largest_difference(score_options(gemma, tokenizer(), some, batch_size), expected) < 1e-3
+
+
+def test_the_side_on_which_the_tokenizer_pads_does_not_matter(model, rows):
+    left, right = (score_options(model, tokenizer(padding_side=side), rows) for side in ("left", "right"))
+    assert left == right
+
+
+def test_prompts_are_not_projected_through_the_head(model, rows):
+    """The shared beginning's logits are computed from the prompt's last token on, the prompt itself runs once."""
+    projected, embedded = [], []
+    hooks = [
+        model.lm_head.register_forward_hook(lambda module, inputs, output: projected.append(output.shape[:2])),
+        model.model.embed_tokens.register_forward_hook(
+            lambda module, inputs, output: embedded.append(output.shape[:2])
+        ),
+    ]
+    score_options(model, tokenizer(), rows.select([0]), batch_size=1)
+    for hook in hooks:
+        hook.remove()
+    row = rows[0]
+    texts = completions(row)
+    before = len(
+        row["completion"].rpartition(row["answer"])[0] + row["answer"][:-1]
+    )  # " the correct answer is answer"
+    assert embedded == [(1, len(row["prompt"].encode()) + before), (len(texts), 1)]
+    assert projected == [(1, 1 + before), (len(texts), 1)]
+
+
+def test_equally_likely_options_give_the_first(rows):
+    flat = fitted(tiny.base_model())
+    flat.lm_head.weight.data.zero_()
+    same_length = rows.filter(lambda row: row["task"] != "boolq")
+    scores = score_options(flat, tokenizer(), same_length)
+    assert {outcome.choice for outcome in scores.outcomes} == {"answer1", "ending1", "solution1", "option1"}
+
+
+def test_a_log_likelihood_that_is_no_number_counts_as_wrong_and_is_reported(rows, caplog):
+    broken = fitted(tiny.base_model())
+    broken.get_input_embeddings().weight.data[tokenizer()("Q")["input_ids"]] = math.nan
+    some = rows.select(range(6))
+    marked = some.map(lambda row, i: {"prompt": ("Q" if i in (1, 4) else "") + row["prompt"]}, with_indices=True)
+    assert not any("Q" in prompt for prompt in some["prompt"])
+    scores, whole = (score_options(broken, tokenizer(), rows, batch_size=3) for rows in (marked, some))
+    for i, (outcome, sound) in enumerate(zip(scores.outcomes, whole.outcomes, strict=True)):
+        if i in (1, 4):
+            assert outcome.choice is None and not outcome.correct and math.isnan(outcome.log_likelihoods[0])
+        else:
+            assert outcome.choice == sound.choice is not None
+    assert sum(score.invalid for score in scores.tasks.values()) == 2
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "2 of 6 questions have an option whose log-likelihood is not a number; they count as wrong."
+    ]
+
+
+def test_held_out_loss_is_the_mean_over_completion_tokens(model, rows):
+    tokens = [len(tokenizer()(row["completion"] + "</s>")["input_ids"]) for row in rows]
+    losses = [-naive_log_likelihood(model, tokenizer(), row["prompt"], row["completion"] + "</s>") for row in rows]
+    for batch_size in (1, 3, 8):
+        found = held_out_loss(model, tokenizer(), rows, batch_size)
+        assert abs(found.overall - sum(losses) / sum(tokens)) < 1e-9 and found.tokens == sum(tokens)
+        for task, value in found.tasks.items():
+            own = [i for i, row in enumerate(rows) if row["task"] == task]
+            assert abs(value - sum(losses[i] for i in own) / sum(tokens[i] for i in own)) < 1e-9
+    assert held_out_loss(model, tokenizer(), rows.remove_columns(["task", "answer"])).tasks == {}
+
+
+def test_held_out_loss_is_what_training_minimises(rows, tmp_path):
+    """SFTTrainer's evaluation of the same rows in one batch, prepared by TRL."""
+    single = fitted(tiny.base_model(torch.float32))
+    expected = held_out_loss(single, tokenizer(), rows).overall
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_eval_batch_size=len(rows))
+    trainer = SFTTrainer(single, args, eval_dataset=rows, train_dataset=rows, processing_class=tokenizer())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(rows, training):
+    adapted = get_peft_model(fitted(tiny.base_model()), tiny.lora_config(dropout=0.5)).train(training)
+    first, second = (score_options(adapted, tokenizer(), rows.select(range(4))) for _ in range(2))
+    assert first == second  # dropout was off
+    assert all(module.training == training for module in adapted.modules())
+    adapted(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
+
+
+def test_a_tokenizer_that_merges_across_the_prompts_end(model, rows):
+    merging = tokenizer(merge=(":", "Ġ"))
+    with pytest.raises(ValueError, match=r"^Expected a prompt with tokens that stay .* in row 0 \(from 0\): end the"):
+        score_options(model, merging, rows)
+    with pytest.raises(ValueError, match="^Expected a prompt with tokens that stay"):
+        held_out_loss(model, tokenizer(), rows.map(lambda row: {"prompt": ""}))
+
+
+def test_rows_that_are_too_long(model, rows):
+    lengths = [max(len((row["prompt"] + text).encode()) + 1 for text in completions(row)) for row in rows]
+    longest = lengths.index(max(lengths))
+    score_options(model, tokenizer(), rows.select([longest]), max_length=max(lengths))
+    message = (
+        rf"^Expected rows of at most {max(lengths) - 1} tokens, found {max(lengths)} in row {longest} \(from 0\): "
+    )
+    with pytest.raises(ValueError, match=message):
+        score_options(model, tokenizer(), rows, max_length=max(lengths) - 1)
+
+
+def test_what_cannot_be_scored(model, rows):
+    for unfit in (rows.select([]), rows.remove_columns("task")):
+        with pytest.raises(ValueError, match="^Expected a dataset with rows and the columns prompt, .*found"):
+            score_options(model, tokenizer(), unfit)
+    with pytest.raises(ValueError, match="^Expected a dataset with rows"):
+        held_out_loss(model, tokenizer(), rows.select([]))
+    with pytest.raises(ValueError, match="^Expected an answer that is one of .*, found answer 'none'"):
+        score_options(model, tokenizer(), rows.map(lambda row: {"answer": "none"}))
+    with pytest.raises(ValueError, match="^Expected a batch size of at least 1, found 0: ask"):
+        score_options(model, tokenizer(), rows, batch_size=0)
+
+
+def test_majority_rate_and_standard_error():
+    assert majority_rate(["true", "false", "true", "true"]) == 0.75
+    assert majority_rate([2]) == 1.0
+    assert standard_error(0.5, 100) == 0.05
+    assert standard_error(1.0, 7) == 0.0
