@@ -4,6 +4,7 @@ A checkpoint is written under a name that nothing reads and renamed when it is w
 comes next, which run it belongs to, and the checksum of every other file.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +42,17 @@ def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[P
         state = {"format": 1, "round": round, "run": dict(run), "files": _checksums(partial)}
         (partial / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
         _sync(partial)
-        _clear_target(target, round, run)
+        replaced = _clear_target(target, round, run)
         os.replace(partial, target)
+        if replaced is not None:
+            shutil.rmtree(replaced)
         _sync_path(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the writer of safetensors has an error of its own
         shutil.rmtree(partial, ignore_errors=True)
+        number, what = getattr(error, "errno", None), getattr(error, "strerror", None) or error
         raise OSError(
-            error.errno,
-            f"Expected to write the checkpoint {target}, found '{error.strerror or error}': earlier checkpoints are "
+            number or errno.EIO,
+            f"Expected to write the checkpoint {target}, found '{what}': earlier checkpoints are "
             "whole; make room or mend the disk and resume with resume_from_checkpoint=True",
         ) from error
 
@@ -102,9 +108,10 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     ]
 
 
-def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> None:
+def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> Path | None:
+    """Move a folder at `target` out of the way; returns where to if it may be removed once replaced."""
     if not target.exists():
-        return
+        return None
     try:
         state = read_state(target, verify=False)
         same = state["round"] == round and state["run"] == json.loads(json.dumps(run))
@@ -112,13 +119,16 @@ def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> None:
     except CheckpointError:
         same, label = False, "unfinished"
     if same:
-        shutil.rmtree(target)
-        return
+        old = target.with_name(f".{target.name}.replaced.partial")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+        return old
     aside = target.with_name(f"{target.name}-{label}")
     while aside.exists():
         aside = aside.with_name(f"{aside.name}-older")
     logger.warning("%s holds another state (%s); it is kept as %s.", target, label, aside.name)
     os.replace(target, aside)
+    return None
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -23,7 +23,12 @@ def raise_together(problems: Iterable[str]) -> None:
 
 
 def check_trainer_arguments(
-    args: Any, train_dataset: Any, lora: PeftConfig | None, eval_dataset: Any, unsupported: dict[str, Any]
+    args: Any,
+    train_dataset: Any,
+    lora: PeftConfig | None,
+    eval_dataset: Any,
+    round_callbacks: int,
+    unsupported: dict[str, Any],
 ) -> Iterator[str]:
     """Problems of the trainer's arguments, before anything is loaded."""
     if not isinstance(args, FederatedSketchConfig):
@@ -31,6 +36,8 @@ def check_trainer_arguments(
         return
     if (args.eval_rounds or args.eval_on_start) and eval_dataset is None:
         yield f"Expected an eval_dataset with eval_rounds={args.eval_rounds}, found none: pass one."
+    if round_callbacks > 1:
+        yield f"Expected one RoundCallback in callbacks, found {round_callbacks}: each folds every round; pass one."
     for name, value in unsupported.items():
         if value is not None and value != (None, None):
             yield f"Expected no {name}, found one: the trainer makes its own, one for every client; leave it out."
@@ -66,6 +73,12 @@ def check_prepared_rows(
     args: FederatedSketchConfig, dataset: Dataset, before: np.ndarray, after: np.ndarray
 ) -> Iterator[str]:
     """Problems of the prepared training rows; `before` and `after` are client ids of the rows given and prepared."""
+    if not {"input_ids", "labels"} <= set(dataset.column_names):
+        yield (
+            f"Expected prepared rows with input_ids and labels, found {dataset.column_names}: let the trainer prepare "
+            "them, or add both columns."
+        )
+        return
     ids, counts = np.unique(after, return_counts=True)
     lost = np.setdiff1d(before, ids)
     if len(lost):
@@ -97,7 +110,18 @@ def check_layers(model: PeftModel, aux_loss: bool) -> Iterator[str]:
     layers = lora_layers(model)
     if not layers:
         yield "Expected target_modules to match linear layers, found none: name modules of this model."
+    targets = model.peft_config["default"].target_modules
+    for target in [] if isinstance(targets, str) else sorted(targets):
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            yield f"Expected every name in target_modules to match a layer, found none for {target!r}: correct it."
     output = model.get_output_embeddings()
+    ours = {id(part["default"].weight) for layer in layers.values() for part in (layer.lora_A, layer.lora_B)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    if others:
+        yield (
+            f"Expected the linear layers' adapter default to be all that is trainable, found {', '.join(others[:3])} "
+            f"({len(others)} tensors): freeze the rest, activate default, and leave it out of target_modules."
+        )
     for name, layer in layers.items():
         pair = layer.lora_A["default"], layer.lora_B["default"]
         if not all(type(part) is nn.Linear for part in pair):
@@ -106,7 +130,8 @@ def check_layers(model: PeftModel, aux_loss: bool) -> Iterator[str]:
         if layer is output:
             yield "Expected target_modules without the LM head, found it among them: leave it out."
         if layer.lora_variant:
-            yield f"Expected plain LoRA in {name}, found the variant {type(layer.lora_variant['default']).__name__}."
+            kind = type(layer.lora_variant["default"]).__name__
+            yield f"Expected plain LoRA in {name}, found the variant {kind}: leave it out."
 
 
 def _check_lora(lora: PeftConfig | None) -> Iterator[str]:
@@ -161,15 +186,22 @@ def _check_dataset(args: FederatedSketchConfig, dataset: Any) -> Iterator[str]:
             f"Expected an integer column {column!r} in train_dataset, found {dataset.column_names}: add it with "
             "fslora_hf.partition.partition, or name yours with client_id_column."
         )
-    elif not dataset.features[column].dtype.startswith(("int", "uint")):
+    elif not str(getattr(dataset.features[column], "dtype", "")).startswith(("int", "uint")):
         yield (
-            f"Expected integers in column {column!r}, found {dataset.features[column].dtype}: turn names into ids "
+            f"Expected integers in column {column!r}, found {_kind(dataset.features[column])}: turn names into ids "
             "with fslora_hf.partition.partition(..., 'column')."
         )
     elif len(dataset) == 0 or dataset.data.column(column).null_count:
-        yield f"Expected an id in every row of column {column!r}, found {'no rows' if len(dataset) == 0 else 'nulls'}."
+        yield (
+            f"Expected an id in every row of column {column!r}, found {'no rows' if len(dataset) == 0 else 'nulls'}: "
+            "leave rows without a client out."
+        )
     if {"image", "images"} & set(dataset.column_names):
         yield "Expected text data, found an image column: vision data is not supported; remove it."
+
+
+def _kind(feature: Any) -> str:
+    return getattr(feature, "dtype", None) or type(feature).__name__
 
 
 def _some(values: np.ndarray, noun: str = "client") -> str:

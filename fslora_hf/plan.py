@@ -94,7 +94,9 @@ def _draw_examples(seed: int, round: int, client_id: int, shard: np.ndarray, cou
     for turn, start in enumerate(range(0, count, len(shard))):
         wanted = min(len(shard), count - start)
         parts.append(shard[permutation_prefix(len(shard), wanted, seed, "examples", round, client_id, turn)])
-    return np.concatenate(parts)
+    rows = np.concatenate(parts)
+    rows.flags.writeable = False  # plans are kept and shared
+    return rows
 
 
 def _draw_sketch(

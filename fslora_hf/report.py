@@ -1,6 +1,5 @@
 """Tables and figures from the ledger of a run (`rounds.jsonl`, one line a round)."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -12,6 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+
+from .ledger import read_records
 
 PER_CLIENT = ("clients", "ranks", "weights", "losses", "update_norms")
 PER_ROUND = ("round", "refused", "bytes_down", "bytes_up", "bytes_full_rank", "seconds")
@@ -34,11 +35,9 @@ def read_ledger(path: str | Path) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a ledger at {path}, found no file: name the rounds.jsonl of an output_dir.")
-    *lines, tail = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = [_parse(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
-    # Whole JSON without its newline is a whole record; a record cut anywhere is not JSON.
-    if _is_json(tail):
-        rows.append(_parse(tail, f"line {len(lines) + 1} of {path}"))
+    rows = read_records(path)
+    for number, row in enumerate(rows, 1):
+        _check(row, f"line {number} of {path}")
     for before, row in pairwise(rows):
         if row["round"] != before["round"] + 1:
             raise ValueError(
@@ -48,26 +47,14 @@ def read_ledger(path: str | Path) -> list[dict]:
     return rows
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _parse(line: str, where: str) -> dict:
+def _check(row: dict, where: str) -> None:
     remedy = "give the rounds.jsonl of a run as the run wrote it."
-    row = json.loads(line) if _is_json(line) else None
-    if not isinstance(row, dict):
-        raise ValueError(f"Expected a round's JSON record on {where}, found {line[:40]!r}: {remedy}")
     missing = [key for key in (*PER_ROUND, *PER_CLIENT) if key not in row]
     if missing:
         raise ValueError(f"Expected a round's record on {where}, found none of {', '.join(missing)}: {remedy}")
     lengths = {key: len(row[key]) for key in PER_CLIENT}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Expected one entry a client in every list on {where}, found lengths {lengths}: {remedy}")
-    return row
 
 
 def totals(rows: Sequence[dict]) -> dict:

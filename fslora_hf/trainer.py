@@ -93,14 +93,15 @@ class FederatedSketchTrainer(SFTTrainer):
             "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
             "compute_loss_func": compute_loss_func,
         }
-        raise_together(check_trainer_arguments(args, train_dataset, lora, eval_dataset, unsupported))
+        callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
+        own = sum(isinstance(callback, RoundCallback) for callback in callbacks)
+        raise_together(check_trainer_arguments(args, train_dataset, lora, eval_dataset, own, unsupported))
         given_ids = column_to_numpy(train_dataset, args.client_id_column)
         given = ClientIndex.from_column(given_ids, args.client_id_column)
         self._ranks = run.ranks_of_clients(args, len(given), lora.r)
         raise_together(check_clients(args, len(given), self._ranks, lora.r))
         self.cohort_size = args.clients_per_round or len(given)
-        callbacks = list(callbacks or [])
-        if not any(isinstance(callback, RoundCallback) for callback in callbacks):
+        if own == 0:
             callbacks.insert(0, RoundCallback())
         super().__init__(
             model=model,
@@ -232,7 +233,10 @@ class FederatedSketchTrainer(SFTTrainer):
         if losses:
             logs["client_loss"] = sum(losses) / len(losses)
         # SFTTrainer.log would empty the token metrics of the logging window in progress.
+        # And logging would cancel the log that this very step may be due.
+        due = self.control.should_log
         Trainer.log(self, logs)
+        self.control.should_log = due
 
     # ---- The run ----
 

