@@ -13,7 +13,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 
 from fslora_hf import FederatedSketchConfig
-from fslora_hf.evaluation.scoring import Losses, Scores, held_out_loss, score_options
+from fslora_hf.evaluation.scoring import Losses, Scores, answer_losses, score_options
 from fslora_hf.launch import build_trainer, finish, held_out_rows
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.report import read_ledger, totals
@@ -35,11 +35,8 @@ def evaluate(trainer, rows, when: str) -> tuple[Losses, Scores]:
     """Loss and accuracy of the global adapter on held-out rows."""
     print(f"Scoring {len(rows)} held-out rows {when} training ...", flush=True)
     trainer.model.eval()
-    batch = trainer.args.per_device_eval_batch_size
-    return (
-        held_out_loss(trainer.model, trainer.processing_class, rows, batch),
-        score_options(trainer.model, trainer.processing_class, rows, batch),
-    )
+    scores = score_options(trainer.model, trainer.processing_class, rows, trainer.args.per_device_eval_batch_size)
+    return answer_losses(scores), scores
 
 
 def results_table(before: tuple[Losses, Scores], after: tuple[Losses, Scores]) -> str:

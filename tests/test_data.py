@@ -94,7 +94,8 @@ def published(task: str) -> dict[str, str]:
 
 def numbered(count: int) -> list[dict[str, str]]:
     """Rows that differ, with white space that a loader could be tempted to clean."""
-    return [published_row("boolq", f"is  {i} \u00e9ven ", ("true", "false"), i % 2) for i in range(count)]
+    rows = [published_row("boolq", f"is  {i} \u00e9ven ", ("true", "false"), i % 2) for i in range(count)]
+    return [{**row, "instruction": f" {row['instruction']} \n", "output": f"{row['output']} "} for row in rows]
 
 
 def write(root, task, split, content):

@@ -23,9 +23,19 @@ from tests.worker_train import QUIET, SMALL, build
 EXACT = 1e-9
 RANKS = [1, 2, 4, 6, 3]
 
-# name: (fields of the config, arguments of the LoRA config). Together they cover what law 1 lists.
+# name: (fields of the config, arguments of the LoRA config). Together they cover what law 1 lists. A clipped gradient
+# has forgotten the scale of its loss, so what divides a loss shows only in the configurations with max_grad_norm = 0.
 COVERING = {
-    "sgd from zero B": ({"optim": "sgd", "learning_rate": 0.2, "client_ranks": RANKS}, {}),
+    "sgd from zero B, accumulated, not clipped": (
+        {
+            "optim": "sgd",
+            "learning_rate": 0.2,
+            "max_grad_norm": 0.0,
+            "gradient_accumulation_steps": 2,
+            "client_ranks": RANKS,
+        },
+        {},
+    ),
     "adamw from zero B, blocks of 2": (
         {"optim": "adamw_torch", "client_ranks": RANKS, "per_device_train_clients": 2, "lr_scheduler_type": "cosine"},
         {"rslora": True},
@@ -90,20 +100,22 @@ COVERING = {
         },
         {},
     ),
-    "server adam, recomputed activations": (
+    "server adam, recomputed activations, accumulated, not clipped, blocks of 2": (
         {
             "optim": "sgd",
             "learning_rate": 0.2,
             "server_optim": "adam",
             "server_learning_rate": 0.01,
             "activation_checkpointing": True,
+            "gradient_accumulation_steps": 3,
+            "max_grad_norm": 0.0,
             "sketch_scope": "model",
             "client_ranks": RANKS,
             "per_device_train_clients": 2,
         },
         {},
     ),
-    "server sgd below one, no clipping, batches of one": (
+    "server sgd below one, not clipped, batches of one": (
         {
             "optim": "sgd",
             "learning_rate": 0.2,
@@ -231,12 +243,13 @@ def test_the_twin_at_full_rank_is_plain_peft_training():
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["tokenised", "prompt-completion"])
-@pytest.mark.parametrize("optim, rate", [("sgd", 0.2), ("adamw_torch", 1e-2)])
-def test_law_4_one_full_rank_client_equals_sft_trainer(tmp_path, optim, rate, text):
+@pytest.mark.parametrize("optim, rate, clip", [("sgd", 0.05, 0.0), ("sgd", 0.2, 0.1), ("adamw_torch", 3e-3, 1.0)])
+def test_law_4_one_full_rank_client_equals_sft_trainer(tmp_path, optim, rate, clip, text):
     shared = {
         "optim": optim,
         "learning_rate": rate,
         "lr_scheduler_type": "constant",
+        "max_grad_norm": clip,
         "gradient_accumulation_steps": 2,
         "weight_decay": 0.01,
     }
@@ -263,6 +276,7 @@ def test_law_4_one_full_rank_client_equals_sft_trainer(tmp_path, optim, rate, te
     theirs = reference.read_adapter(plain.model)
     assert plain.state.global_step == 5
     assert reference.max_difference(start, theirs) > 1e-3
+    # SFTTrainer's head works in float32; the rates keep five steps from amplifying that.
     assert reference.max_difference(seen[-1], theirs) < 1e-6
 
 
@@ -274,10 +288,10 @@ def test_law_6_exactly_the_planned_rows_and_columns_change(tmp_path, scope):
         {
             "optim": "adamw_torch",
             "num_rounds": rounds,
-            "clients_per_round": 1,
-            "client_ranks": [2] * 5,
+            "client_ranks": [2],
             "sketch_scope": scope,
         },
+        dataset=tiny.tokenised({41: 25}),  # one client, so that its rounds are compared with each other
     )
     assert len(seen) == rounds + 1
     changed = []  # of each round: {module: rows of A that changed}, read from the tensors alone

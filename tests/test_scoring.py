@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 from trl import SFTConfig, SFTTrainer
 
 from fslora_hf.data import completions, load_miniature, options
-from fslora_hf.evaluation import held_out_loss, majority_rate, score_options, standard_error
+from fslora_hf.evaluation import answer_losses, held_out_loss, majority_rate, score_options, standard_error
 from tests import tiny
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -79,6 +79,13 @@ def test_log_likelihoods_and_choices_are_those_of_the_naive_twin_for_any_batch_s
             assert outcome.correct == (outcome.choice == row["answer"])
 
 
+@pytest.mark.parametrize("end", ["</s>", ""])
+def test_an_option_that_begins_another(model, end):
+    row = {"prompt": "how many?\n\nAnswer format: 1/12/123", "completion": " 12", "answer": "12", "task": "counts"}
+    scores = score_options(model, tokenizer(), Dataset.from_list([row, row]), append_eos=bool(end))
+    assert largest_difference(scores, naive(model, tokenizer(), [row, row], end)) < 1e-9
+
+
 def test_accuracy_by_task_is_counted_from_the_outcomes(model, rows):
     scores = score_options(model, tokenizer(), rows)
     assert list(scores.tasks) == list(dict.fromkeys(rows["task"][:]))
@@ -132,19 +139,15 @@ def test_prompts_are_not_projected_through_the_head(model, rows):
     """The shared beginning's logits are computed from the prompt's last token on, the prompt itself runs once."""
     projected, embedded = [], []
     hooks = [
-        model.lm_head.register_forward_hook(lambda module, inputs, output: projected.append(output.shape[:2])),
-        model.model.embed_tokens.register_forward_hook(
-            lambda module, inputs, output: embedded.append(output.shape[:2])
-        ),
+        module.register_forward_hook(lambda module, inputs, output, shapes=shapes: shapes.append(output.shape[:2]))
+        for module, shapes in ((model.lm_head, projected), (model.get_input_embeddings(), embedded))
     ]
     score_options(model, tokenizer(), rows.select([0]), batch_size=1)
     for hook in hooks:
         hook.remove()
     row = rows[0]
     texts = completions(row)
-    before = len(
-        row["completion"].rpartition(row["answer"])[0] + row["answer"][:-1]
-    )  # " the correct answer is answer"
+    before = len(" the correct answer is answer")
     assert embedded == [(1, len(row["prompt"].encode()) + before), (len(texts), 1)]
     assert projected == [(1, 1 + before), (len(texts), 1)]
 
@@ -170,7 +173,7 @@ def test_a_log_likelihood_that_is_no_number_counts_as_wrong_and_is_reported(rows
         else:
             assert outcome.choice == sound.choice is not None
     assert sum(score.invalid for score in scores.tasks.values()) == 2
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+    assert [record.getMessage() for record in caplog.records] == [
         "2 of 6 questions have an option whose log-likelihood is not a number; they count as wrong."
     ]
 
@@ -198,7 +201,7 @@ def test_held_out_loss_is_what_training_minimises(rows, tmp_path):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_as_it_was(rows, training):
-    adapted = get_peft_model(fitted(tiny.base_model()), tiny.lora_config(dropout=0.5)).train(training)
+    adapted = get_peft_model(fitted(tiny.base_model()), tiny.lora_config(dropout=0.5, zero_b=False)).train(training)
     first, second = (score_options(adapted, tokenizer(), rows.select(range(4))) for _ in range(2))
     assert first == second  # dropout was off
     assert all(module.training == training for module in adapted.modules())
@@ -217,9 +220,7 @@ def test_rows_that_are_too_long(model, rows):
     lengths = [max(len((row["prompt"] + text).encode()) + 1 for text in completions(row)) for row in rows]
     longest = lengths.index(max(lengths))
     score_options(model, tokenizer(), rows.select([longest]), max_length=max(lengths))
-    message = (
-        rf"^Expected rows of at most {max(lengths) - 1} tokens, found {max(lengths)} in row {longest} \(from 0\): "
-    )
+    message = f"^Expected rows of at most {max(lengths) - 1} tokens, found {max(lengths)} in row {longest} "
     with pytest.raises(ValueError, match=message):
         score_options(model, tokenizer(), rows, max_length=max(lengths) - 1)
 
@@ -241,3 +242,11 @@ def test_majority_rate_and_standard_error():
     assert majority_rate([2]) == 1.0
     assert standard_error(0.5, 100) == 0.05
     assert standard_error(1.0, 7) == 0.0
+
+
+def test_losses_of_scored_answers_are_the_held_out_losses(model, rows):
+    from_scores = answer_losses(score_options(model, tokenizer(), rows))
+    directly = held_out_loss(model, tokenizer(), rows)
+    assert from_scores.tokens == directly.tokens
+    assert from_scores.overall == pytest.approx(directly.overall, abs=1e-12)
+    assert from_scores.tasks == pytest.approx(directly.tasks, abs=1e-12)

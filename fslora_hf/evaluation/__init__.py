@@ -1,12 +1,23 @@
 """Scoring of a language model on question-answering rows."""
 
-from .scoring import Losses, Outcome, Scores, TaskScore, held_out_loss, majority_rate, score_options, standard_error
+from .scoring import (
+    Losses,
+    Outcome,
+    Scores,
+    TaskScore,
+    answer_losses,
+    held_out_loss,
+    majority_rate,
+    score_options,
+    standard_error,
+)
 
 __all__ = [
     "Losses",
     "Outcome",
     "Scores",
     "TaskScore",
+    "answer_losses",
     "held_out_loss",
     "majority_rate",
     "score_options",

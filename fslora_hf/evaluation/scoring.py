@@ -29,6 +29,7 @@ class Outcome:
     task: str
     options: tuple[str, ...]
     log_likelihoods: tuple[float, ...]  # in nats, one for each option
+    tokens: tuple[int, ...]  # that each option's log-likelihood sums over
     choice: str | None
     answer: str
 
@@ -101,7 +102,7 @@ def score_options(
         for number, row in enumerate(rows)
     ]
     likelihoods = _score(model, questions, batch_size)
-    outcomes = [_outcome(row, values) for row, values in zip(rows, likelihoods, strict=True)]
+    outcomes = [_outcome(*each) for each in zip(rows, likelihoods, questions, strict=True)]
     by_task = _group([outcome.task for outcome in outcomes], outcomes)
     scores = Scores(outcomes, {task: _task_score(group) for task, group in by_task.items()})
     invalid = sum(score.invalid for score in scores.tasks.values())
@@ -136,6 +137,16 @@ def held_out_loss(
     pairs = list(zip(losses, tokens, strict=True))
     by_task = _group([row["task"] for row in rows], pairs) if "task" in dataset.column_names else {}
     return Losses(_token_mean(pairs), {task: _token_mean(group) for task, group in by_task.items()}, sum(tokens))
+
+
+def answer_losses(scores: Scores) -> Losses:
+    """What `held_out_loss` would find on rows that were scored with their end-of-sequence token, at no cost."""
+    pairs, tasks = [], [outcome.task for outcome in scores.outcomes]
+    for outcome in scores.outcomes:
+        right = outcome.options.index(outcome.answer)
+        pairs.append((-outcome.log_likelihoods[right], outcome.tokens[right]))
+    by_task = {task: _token_mean(group) for task, group in _group(tasks, pairs).items()}
+    return Losses(_token_mean(pairs), by_task, sum(tokens for _, tokens in pairs))
 
 
 def majority_rate(answers: Sequence[Hashable]) -> float:
@@ -190,8 +201,8 @@ def _question(
 def _score(model: nn.Module, questions: list[_Question], batch_size: int) -> list[list[float]]:
     """The log-likelihood of every option of every question, in the questions' order.
 
-    Questions of like length share a batch, so that little is computed for padding. Gradients are merely switched off:
-    what inference mode leaves in a model's buffers could not be trained with afterwards.
+    Questions of like length share a batch, so that little is computed for padding. Not in inference mode: a model may
+    keep what it computes here, such as 4-bit weights repacked for a processor, and go on training with it.
     """
     if batch_size < 1:
         raise ValueError(f"Expected a batch size of at least 1, found {batch_size}: ask for one question or more.")
@@ -288,11 +299,12 @@ def _likelihoods(log_probs: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor)
     return torch.where(mask.bool(), picked, 0).sum(1)
 
 
-def _outcome(row: dict, likelihoods: list[float]) -> Outcome:
+def _outcome(row: dict, likelihoods: list[float], question: _Question) -> Outcome:
     names = options(row)
     # max keeps the first of equals.
     best = None if any(map(math.isnan, likelihoods)) else names[max(range(len(names)), key=likelihoods.__getitem__)]
-    return Outcome(row["task"], tuple(names), tuple(likelihoods), best, row["answer"])
+    tokens = tuple(len(question.shared) - question.given + len(end) for end in question.ends)
+    return Outcome(row["task"], tuple(names), tuple(likelihoods), tokens, best, row["answer"])
 
 
 def _task_score(outcomes: list[Outcome]) -> TaskScore:
