@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "federated_state.json"
 SERVER_NAME = "federated_state.safetensors"
+_NAME = re.compile(r"checkpoint-\d+")
 
 
 class CheckpointError(ValueError):
@@ -97,6 +99,28 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         elif folder.name.startswith("checkpoint-"):
             found.append((read_state(folder, verify=False)["round"], folder))
     return max(found)[1] if found else None
+
+
+def rotate(output_dir: str | Path, keep: int | None) -> None:
+    """Remove all but the `keep` checkpoints with the most rounds; None or 0 keeps all.
+
+    By rounds, unlike the Trainer's own rotation: steps in folder names depend on the layout of processes. A folder is
+    renamed before its files go, so that a crash leaves no checkpoint with files missing.
+    """
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
+    finished = [folder for folder in folders if (folder / STATE_NAME).is_file()]
+    finished.sort(key=lambda folder: read_state(folder, verify=False)["round"], reverse=True)
+    for folder in finished[keep:] if keep else ():
+        leaving = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(leaving, ignore_errors=True)
+        os.replace(folder, leaving)
+        shutil.rmtree(leaving)
+
+
+def remove_partial(output_dir: str | Path) -> None:
+    """Remove what a killed save or rotation left."""
+    for folder in Path(output_dir).glob(".checkpoint-*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

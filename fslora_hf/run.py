@@ -3,13 +3,14 @@
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .adapter import lora_layers
-from .checkpoint import CheckpointError, describe_difference, last_checkpoint, read_state
+from .checkpoint import CheckpointError, describe_difference, last_checkpoint, read_state, remove_partial
 from .clients import client_ranks
 from .config import FederatedSketchConfig
 from .ledger import LEDGER_NAME, keep_rounds
@@ -98,7 +99,10 @@ def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> 
 
 def _begin(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / IDENTITY_NAME).write_text(json.dumps(identity(trainer), indent=1) + "\n", encoding="utf-8")
+    remove_partial(output_dir)
+    temporary = output_dir / f"{IDENTITY_NAME}.partial"
+    temporary.write_text(json.dumps(identity(trainer), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, output_dir / IDENTITY_NAME)
 
 
 def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:

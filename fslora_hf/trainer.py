@@ -19,14 +19,13 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from . import run
 from .adapter import PEFT_PREFIX, ClientStack, global_pair, save_client_adapter, widen_adapter
 from .callbacks import RoundCallback, RoundProgressCallback
-from .checkpoint import SERVER_NAME, read_state, whole_folder
+from .checkpoint import SERVER_NAME, read_state, rotate, whole_folder
 from .checks import check_clients, check_layers, check_prepared_rows, check_trainer_arguments, raise_together
 from .clients import ClientIndex
 from .config import FederatedSketchConfig
@@ -401,7 +400,7 @@ class FederatedSketchTrainer(SFTTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, save_total_limit=self.args.save_total_limit, use_mtime=True)
+            rotate(self.args.output_dir, self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         # The plain adapter and the tokenizer; the Trainer's pickled arguments become JSON.

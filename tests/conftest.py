@@ -10,7 +10,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fslora-test-datasets-")
+_DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="fslora-test-datasets-")  # gone when the session ends
+os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 

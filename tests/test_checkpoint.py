@@ -16,6 +16,7 @@ from fslora_hf.checkpoint import (
     describe_difference,
     last_checkpoint,
     read_state,
+    rotate,
     whole_folder,
 )
 from fslora_hf.ledger import append_round, keep_rounds, read_records
@@ -244,3 +245,16 @@ def test_keep_rounds_replaces_in_one_step(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         keep_rounds(path, 2)
     assert path.read_text() == before
+
+
+def test_rotation_keeps_the_most_rounds_whatever_the_steps(tmp_path):
+    """Another layout of processes takes other steps for a round; what was moved aside and what is unfinished stays."""
+    for name, round in (("checkpoint-20", 2), ("checkpoint-12", 3), ("checkpoint-16", 4), ("checkpoint-9-round-1", 1)):
+        with whole_folder(tmp_path / name, round, {}) as folder:
+            (folder / "adapter").write_text(name)
+    (tmp_path / "checkpoint-99").mkdir()
+    rotate(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 5
+    rotate(tmp_path, 2)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["checkpoint-12", "checkpoint-16", "checkpoint-9-round-1", "checkpoint-99"]
