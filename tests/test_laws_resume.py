@@ -72,12 +72,12 @@ def last_checkpoint(folder):
     return max((folder / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def check_same_end(folder, whole, rounds: int):
+def check_same_end(folder, whole, rounds: int, steps: int = STEPS):
     """Adapter, every tensor of the last checkpoint (so also the server's) and ledger, bit for bit.
 
-    `rounds` is how many the last process trained: those after the last complete checkpoint, no more.
+    `rounds`, of `steps` each, is how many the last process trained: those after the last complete checkpoint, no more.
     """
-    assert int((folder / "end.steps").read_text()) == rounds * STEPS
+    assert int((folder / "end.steps").read_text()) == rounds * steps
     assert reference.max_difference(load_result(folder / "end"), load_result(whole / "end")) == 0
     checkpoint, expected = last_checkpoint(folder), last_checkpoint(whole)
     tensors = sorted(path.name for path in expected.glob("*.safetensors"))
@@ -221,6 +221,22 @@ def test_law_3_killed_after_the_last_checkpoint(uninterrupted, fork, tmp_path):
     assert fork(job(tmp_path, kill={"event": "on_train_end", "step": ROUNDS * STEPS})) == [-signal.SIGKILL]
     assert fork(job(tmp_path, resume=True)) == [0]
     check_same_end(tmp_path, whole, 0)
+
+
+@pytest.mark.slow
+def test_law_3_on_two_processes(tmp_path):
+    """Both processes are gone when one is killed; two take the run up and end bit for bit where two would have."""
+    args = {**ARGS, "clients_per_round": 3}  # in the last turn of a round one process idles
+    steps = 2 * LOCAL_STEPS
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    assert launch(job(whole, args=args), tmp_path).returncode == 0
+    kill = {"event": "on_substep_end", "step": 2 * steps + 1}
+    killed = launch(job(stopped, args=args, kill=kill), tmp_path)
+    assert killed.returncode != 0 and len(ledger(stopped / "run")) == 2, killed.stderr[-3000:]
+    resumed = launch(job(stopped, args=args, resume=True), tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    check_same_end(stopped, whole, 1, steps)
 
 
 @pytest.mark.slow
