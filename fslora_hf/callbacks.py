@@ -1,14 +1,18 @@
 """Callbacks that run a round inside `Trainer.train()`: sketches at hand-over, aggregation at the round's end."""
 
+import logging
+import time
 from typing import TYPE_CHECKING, Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .ledger import append_round
 from .plan import ClientPlan
 
 if TYPE_CHECKING:
     from .trainer import FederatedSketchTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class RoundCallback(TrainerCallback):
@@ -31,6 +35,9 @@ class RoundCallback(TrainerCallback):
         """Fold the round into the global adapter; returns the round's ledger record."""
         return self.trainer.aggregate()
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._started, self._first_round = time.monotonic(), self.trainer.locate_step(state.global_step)[0]
+
     def on_step_begin(self, args, state, control, **kwargs):
         round, wave, local_step = self.trainer.locate_step(state.global_step)
         if local_step > 0:
@@ -49,11 +56,32 @@ class RoundCallback(TrainerCallback):
         record = self.aggregate()
         if state.is_world_process_zero:
             append_round(self.trainer.ledger_path, record)
-        self.trainer.log_round(record)
         done = round + 1
+        self._log(record, done)
         control.should_save |= self._due(args.save_rounds, done, args.num_rounds) or self.save_requested
         control.should_evaluate |= self._due(args.eval_rounds, done, args.num_rounds)
         self.save_requested = False
+
+    def _log(self, record: dict[str, Any], done: int) -> None:
+        """Log a round's summary and warn of every update that was left out."""
+        for refused in record["refused"] if self.trainer.is_world_process_zero() else ():
+            text = "Round %d: the update of client %s was left out because %s."
+            logger.warning(text, record["round"], refused["client_id"], refused["reason"])
+        seconds_a_round = (time.monotonic() - self._started) / (done - self._first_round)
+        logs = {
+            "round": done,
+            "clients_accepted": len(record["clients"]) - len(record["refused"]),
+            "megabytes_up": record["bytes_up"] / 1e6,
+            "minutes_left": round(seconds_a_round * (self.trainer.args.num_rounds - done) / 60, 2),
+        }
+        losses = [loss for loss in record["losses"] if loss is not None]
+        if losses:
+            logs["client_loss"] = sum(losses) / len(losses)
+        # Not SFTTrainer.log, which would empty the token metrics of the logging window in progress; and logging must
+        # not cancel the log that is due at this very step.
+        due = self.trainer.control.should_log
+        Trainer.log(self.trainer, logs)
+        self.trainer.control.should_log = due
 
     @staticmethod
     def _due(every: int, done: int, total: int) -> bool:

@@ -27,7 +27,6 @@ def check_trainer_arguments(
     train_dataset: Any,
     lora: PeftConfig | None,
     eval_dataset: Any,
-    round_callbacks: int,
     unsupported: dict[str, Any],
 ) -> Iterator[str]:
     """Problems of the trainer's arguments, before anything is loaded."""
@@ -36,13 +35,17 @@ def check_trainer_arguments(
         return
     if (args.eval_rounds or args.eval_on_start) and eval_dataset is None:
         yield f"Expected an eval_dataset with eval_rounds={args.eval_rounds}, found none: pass one."
-    if round_callbacks > 1:
-        yield f"Expected one RoundCallback in callbacks, found {round_callbacks}: each folds every round; pass one."
     for name, value in unsupported.items():
         if value is not None and value != (None, None):
             yield f"Expected no {name}, found one: the trainer makes its own, one for every client; leave it out."
     yield from _check_lora(lora)
     yield from _check_dataset(args, train_dataset)
+
+
+def check_round_callbacks(found: int) -> Iterator[str]:
+    """Problems of the number of callbacks that run rounds."""
+    if found != 1:
+        yield f"Expected one RoundCallback among the callbacks, found {found}: one folds every round; leave one."
 
 
 def check_clients(args: FederatedSketchConfig, clients: int, ranks: np.ndarray, global_rank: int) -> Iterator[str]:

@@ -5,20 +5,19 @@ Every override of a private hook of the Trainer is in this file, and was checked
 
 import copy
 import logging
-import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
@@ -26,7 +25,14 @@ from . import run
 from .adapter import PEFT_PREFIX, ClientStack, global_pair, save_client_adapter, widen_adapter
 from .callbacks import RoundCallback, RoundProgressCallback
 from .checkpoint import SERVER_NAME, read_state, rotate, whole_folder
-from .checks import check_clients, check_layers, check_prepared_rows, check_trainer_arguments, raise_together
+from .checks import (
+    check_clients,
+    check_layers,
+    check_prepared_rows,
+    check_round_callbacks,
+    check_trainer_arguments,
+    raise_together,
+)
 from .clients import ClientIndex
 from .config import FederatedSketchConfig
 from .draws import seed_from
@@ -94,7 +100,8 @@ class FederatedSketchTrainer(SFTTrainer):
         }
         callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
         own = sum(isinstance(callback, RoundCallback) for callback in callbacks)
-        raise_together(check_trainer_arguments(args, train_dataset, lora, eval_dataset, own, unsupported))
+        problems = check_trainer_arguments(args, train_dataset, lora, eval_dataset, unsupported)
+        raise_together([*check_round_callbacks(own or 1), *problems])
         given_ids = column_to_numpy(train_dataset, args.client_id_column)
         given = ClientIndex.from_column(given_ids, args.client_id_column)
         self._ranks = run.ranks_of_clients(args, len(given), lora.r)
@@ -121,6 +128,8 @@ class FederatedSketchTrainer(SFTTrainer):
         raise_together(check_prepared_rows(args, self.train_dataset, given_ids, prepared_ids))
         widen_adapter(self.model)
         add_scored_head(self.model.get_base_model())
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RoundProgressCallback())
         self._bind_callbacks()
         self._plan_rounds(ClientIndex.from_column(prepared_ids), lora.r)
         self._engine: RoundEngine | None = None
@@ -128,12 +137,13 @@ class FederatedSketchTrainer(SFTTrainer):
         self._rounds_done = 0
 
     def _bind_callbacks(self) -> None:
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RoundProgressCallback())
-        for callback in self.callback_handler.callbacks:
+        callbacks = self.callback_handler.callbacks
+        for callback in callbacks:
             if isinstance(callback, (RoundCallback, RoundProgressCallback)):
                 callback.trainer = self
-                self._round_callback = callback if isinstance(callback, RoundCallback) else self._round_callback
+        own = [callback for callback in callbacks if isinstance(callback, RoundCallback)]
+        raise_together(check_round_callbacks(len(own)))
+        (self._round_callback,) = own
 
     def _plan_rounds(self, index: ClientIndex, global_rank: int) -> None:
         args = self.args
@@ -170,7 +180,8 @@ class FederatedSketchTrainer(SFTTrainer):
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the latest finished one in `output_dir`.
         """
-        checkpoint = self._agree(lambda: run.find_start(self, resume_from_checkpoint))
+        self._bind_callbacks()
+        checkpoint = run.agree(lambda: run.find_start(self, resume_from_checkpoint))
         self._open_run()
         try:
             return super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -215,42 +226,7 @@ class FederatedSketchTrainer(SFTTrainer):
         self._rounds_done = record["round"] + 1
         return record
 
-    def log_round(self, record: dict[str, Any]) -> None:
-        """Log a round's summary and warn of every update that was refused."""
-        for refused in record["refused"] if self.is_world_process_zero() else ():
-            text = "Round %d: the update of client %s was left out because %s."
-            logger.warning(text, record["round"], refused["client_id"], refused["reason"])
-        losses = [loss for loss in record["losses"] if loss is not None]
-        elapsed = time.monotonic() - self._train_started
-        left = (self.args.num_rounds - self._rounds_done) / (self._rounds_done - self._first_round)
-        logs = {
-            "round": self._rounds_done,
-            "clients_accepted": len(record["clients"]) - len(record["refused"]),
-            "megabytes_up": record["bytes_up"] / 1e6,
-            "minutes_left": round(elapsed * left / 60, 2),
-        }
-        if losses:
-            logs["client_loss"] = sum(losses) / len(losses)
-        # SFTTrainer.log would empty the token metrics of the logging window in progress.
-        # And logging would cancel the log that this very step may be due.
-        due = self.control.should_log
-        Trainer.log(self, logs)
-        self.control.should_log = due
-
     # ---- The run ----
-
-    def _agree(self, decide: Callable[[], Any]) -> Any:
-        """The main process decides and every process gets its answer, or its error: nobody waits for the others."""
-        answer: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                answer[0] = decide()
-            except (ValueError, OSError) as error:
-                answer[1] = error
-        answer = broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
 
     def _open_run(self) -> None:
         args = self.args
@@ -271,8 +247,7 @@ class FederatedSketchTrainer(SFTTrainer):
             gather=gather_object if args.world_size > 1 else lambda objects: objects,
         )
         self.optimizer = None  # one of an earlier call would hold parameters that are gone
-        self._train_started = time.monotonic()
-        self._first_round = self._rounds_done = 0
+        self._rounds_done = 0
 
     # ---- Overrides of the Trainer's hooks ----
 
@@ -419,7 +394,7 @@ class FederatedSketchTrainer(SFTTrainer):
             for name, tensor in tensors.items():
                 tensor.data.copy_(saved[f"{PEFT_PREFIX}{name}.lora_{side}.weight"])
         self._engine.server.load(folder / SERVER_NAME)
-        self._first_round = self._rounds_done = read_state(folder, verify=False)["round"]
+        self._rounds_done = read_state(folder, verify=False)["round"]
 
     def _load_rng_state(self, checkpoint):
         """Nothing to load: whatever is random in a round is seeded when the round begins."""
