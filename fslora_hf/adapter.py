@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .methods import ClientAdapter
 
@@ -52,6 +53,9 @@ class StackedLora(LoraVariant):
         self.positions = 0  # tokens of the batch, padding included
 
     def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        if not module.training:  # local steps train; whoever evaluates meanwhile means the global adapter
+            A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            return result + B(A(x)) * module.scaling[active_adapter]
         clients = self.scale.shape[0]
         if x.shape[:-1].numel() != self.positions:
             raise RuntimeError(
@@ -90,6 +94,7 @@ class ClientStack:
         self._shape = max_clients, max_rank
         self._variant = StackedLora()
         self._received: tuple[ClientAdapter, ...] = ()
+        self._hooks: list[RemovableHandle] = []
 
     def attach(self) -> None:
         """Give every layer its stacked parameters (zeros) and freeze the global adapter, so that whatever walks the
@@ -97,6 +102,7 @@ class ClientStack:
         clients, rank = self._shape
         for layer in self._layers.values():
             A, B = layer.lora_A[self._adapter_name].weight, layer.lora_B[self._adapter_name].weight
+            self._hooks.append(layer.register_state_dict_post_hook(_leave_clients_out))
             layer.client_A = nn.Parameter(A.new_zeros(clients, rank, A.shape[1]))
             layer.client_B = nn.Parameter(B.new_zeros(clients, B.shape[0], rank))
             A.requires_grad_(False)
@@ -105,6 +111,8 @@ class ClientStack:
     def detach(self) -> None:
         """Take the stacked parameters out again and make the global adapter trainable, as PEFT had it."""
         self.unload()
+        while self._hooks:
+            self._hooks.pop().remove()
         for layer in self._layers.values():
             if hasattr(layer, "client_A"):
                 del layer.client_A, layer.client_B
@@ -192,6 +200,12 @@ class ClientStack:
                 layer.lora_variant[self._adapter_name] = self._variant
             else:
                 layer.lora_variant.pop(self._adapter_name, None)
+
+
+def _leave_clients_out(layer: LoraLayer, state_dict: dict, prefix: str, metadata: dict) -> None:
+    """What a client holds never gets into a file: PEFT would save it beside the global adapter."""
+    state_dict.pop(f"{prefix}client_A", None)
+    state_dict.pop(f"{prefix}client_B", None)
 
 
 def save_client_adapter(path: str | Path, adapter: ClientAdapter, config: LoraConfig) -> None:

@@ -36,6 +36,7 @@ class RoundCallback(TrainerCallback):
         return self.trainer.aggregate()
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.save_requested = False
         self._started, self._first_round = time.monotonic(), self.trainer.locate_step(state.global_step)[0]
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -117,6 +117,21 @@ def rotate(output_dir: str | Path, keep: int | None) -> None:
         shutil.rmtree(leaving)
 
 
+def move_aside_later(output_dir: str | Path, round: int) -> None:
+    """Keep checkpoints of more than `round` rounds under a name that nothing resumes from or rotates.
+
+    A run that is taken up from an earlier checkpoint writes its own later ones; those of the abandoned branch must
+    neither outlive them in a rotation nor be resumed in their place.
+    """
+    for folder in sorted(Path(output_dir).glob("checkpoint-*")):
+        if (folder / STATE_NAME).is_file() and read_state(folder, verify=False)["round"] > round:
+            aside = folder.with_name(f"superseded-{folder.name}")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}-older")
+            logger.warning("%s is of a later round than the one resumed from; it is kept as %s.", folder, aside.name)
+            os.replace(folder, aside)
+
+
 def remove_partial(output_dir: str | Path) -> None:
     """Remove what a killed save or rotation left."""
     for folder in Path(output_dir).glob(".checkpoint-*.partial"):

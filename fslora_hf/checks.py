@@ -1,6 +1,7 @@
 """What is checked before a model is loaded, and what can be checked only on the model. Problems are told together."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -9,7 +10,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
-from .adapter import lora_layers
+from .adapter import global_pair, lora_layers
+from .clients import read_column
 from .config import FederatedSketchConfig
 from .methods import METHODS
 from .rows import survey_rows
@@ -20,6 +22,19 @@ def raise_together(problems: Iterable[str]) -> None:
     problems = list(problems)
     if problems:
         raise ValueError("\n".join(["The run cannot start:", *(f"- {problem}" for problem in problems)]))
+
+
+@contextmanager
+def unmatched_targets_told() -> Iterator[None]:
+    """PEFT's error about target modules that match nothing, in the form of the others."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Target modules"):
+            raise
+        raise ValueError(
+            f"Expected target_modules to match layers of the model, found none ({error}): name modules of this model."
+        ) from error
 
 
 def check_trainer_arguments(
@@ -40,6 +55,10 @@ def check_trainer_arguments(
             yield f"Expected no {name}, found one: the trainer makes its own, one for every client; leave it out."
     yield from _check_lora(lora)
     yield from _check_dataset(args, train_dataset)
+    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, dataset in held_out.items():
+        if dataset is not None:
+            yield from _check_rows(name, dataset)
 
 
 def check_round_callbacks(found: int) -> Iterator[str]:
@@ -60,9 +79,10 @@ def check_clients(args: FederatedSketchConfig, clients: int, ranks: np.ndarray, 
             f"Expected client_ranks with {clients} entries, one for each client in the data by ascending id, found "
             f"{len(ranks)}: make the list as long as there are clients, or use a rank_distribution."
         )
-    if ranks.max() > global_rank or ranks.min() < 1:
+    highest = max(ranks.max(), args.max_rank or 0)
+    if highest > global_rank or ranks.min() < 1:
         yield (
-            f"Expected client ranks from 1 to the global rank {global_rank}, found {ranks.min()} to {ranks.max()}: "
+            f"Expected client ranks from 1 to the global rank {global_rank}, found {ranks.min()} to {highest}: "
             "lower client_ranks or max_rank, or raise the LoRA rank r."
         )
     if METHODS[args.method].full_rank_only and (ranks != global_rank).any():
@@ -117,6 +137,12 @@ def check_layers(model: PeftModel, aux_loss: bool) -> Iterator[str]:
     for target in [] if isinstance(targets, str) else sorted(targets):
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             yield f"Expected every name in target_modules to match a layer, found none for {target!r}: correct it."
+    devices = sorted({str(tensor.device) for tensors in global_pair(model) for tensor in tensors.values()})
+    if len(devices) > 1:
+        yield (
+            f"Expected the whole model on one device, found it on {', '.join(devices)}: start with accelerate launch, "
+            "or set model_init_kwargs to {'device_map': {'': 0}}."
+        )
     output = model.get_output_embeddings()
     ours = {id(part["default"].weight) for layer in layers.values() for part in (layer.lora_A, layer.lora_B)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
@@ -177,11 +203,8 @@ _REFUSED_LORA_FIELDS = (
 
 
 def _check_dataset(args: FederatedSketchConfig, dataset: Any) -> Iterator[str]:
+    yield from _check_rows("train_dataset", dataset)
     if not isinstance(dataset, Dataset):
-        yield (
-            f"Expected train_dataset to be a datasets.Dataset, found {type(dataset).__name__}: a plan needs rows that "
-            "can be read by number; load it without streaming."
-        )
         return
     column = args.client_id_column
     if column not in dataset.column_names:
@@ -194,13 +217,21 @@ def _check_dataset(args: FederatedSketchConfig, dataset: Any) -> Iterator[str]:
             f"Expected integers in column {column!r}, found {_kind(dataset.features[column])}: turn names into ids "
             "with fslora_hf.partition.partition(..., 'column')."
         )
-    elif len(dataset) == 0 or dataset.data.column(column).null_count:
+    elif len(dataset) == 0 or read_column(dataset, column).null_count:
         yield (
             f"Expected an id in every row of column {column!r}, found {'no rows' if len(dataset) == 0 else 'nulls'}: "
             "leave rows without a client out."
         )
-    if {"image", "images"} & set(dataset.column_names):
-        yield "Expected text data, found an image column: vision data is not supported; remove it."
+
+
+def _check_rows(name: str, dataset: Any) -> Iterator[str]:
+    if not isinstance(dataset, Dataset):
+        yield (
+            f"Expected {name} to be a datasets.Dataset, found {type(dataset).__name__}: rows are read by number; load "
+            "it without streaming."
+        )
+    elif {"image", "images"} & set(dataset.column_names):
+        yield f"Expected text data in {name}, found an image column: vision data is not supported; remove it."
 
 
 def _kind(feature: Any) -> str:

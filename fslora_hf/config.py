@@ -61,6 +61,7 @@ _REFUSED = {
     "eval_delay": _EVALUATION,
     "num_train_epochs": _LENGTH,
     "max_steps": _LENGTH,
+    "push_to_hub": "a push beside training can lose rounds unseen, so upload a finished checkpoint's folder instead",
     "load_best_model_at_end": "a run ends with its last round, so remove it and load the checkpoint of another round",
     "ignore_data_skip": _PLAN,
     "train_sampling_strategy": _PLAN,
@@ -125,7 +126,10 @@ class FederatedSketchConfig(SFTConfig):
     local_steps: int = field(default=20, metadata={"help": "Optimizer steps each client takes in a round."})
     per_device_train_clients: int = field(
         default=1,
-        metadata={"help": "Clients a process trains in the same step. Changes speed and memory, not the result."},
+        metadata={
+            "help": "Clients a process trains in the same step. Changes speed and memory; of the result only rounding "
+            "and which numbers dropout draws."
+        },
     )
     method: str = field(
         default="fslora", metadata={"help": "What clients receive and how it is averaged.", "choices": METHODS}
@@ -234,7 +238,9 @@ class FederatedSketchConfig(SFTConfig):
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # a bool, or its text on the command line
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
         ranks = self.client_ranks.tolist() if hasattr(self.client_ranks, "tolist") else self.client_ranks
-        self.client_ranks = list(ranks) if isinstance(ranks, tuple) else ranks
+        if isinstance(ranks, (list, tuple)):  # numpy's integers as Python's, which JSON can hold
+            ranks = [int(rank) if is_a(rank, int) else rank for rank in ranks]
+        self.client_ranks = ranks
 
     def _refusals(self) -> dict[str, str]:
         """Settings that have no meaning in a federated run, or that would mix its clients."""

@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
 
 from .adapter import lora_layers
-from .checkpoint import CheckpointError, describe_difference, last_checkpoint, read_state, remove_partial
+from .checkpoint import (
+    CheckpointError,
+    describe_difference,
+    last_checkpoint,
+    move_aside_later,
+    read_state,
+    remove_partial,
+)
 from .clients import client_ranks
 from .config import FederatedSketchConfig
 from .ledger import LEDGER_NAME, keep_rounds
@@ -40,7 +48,7 @@ def agree(decide: Callable[[], Any]) -> Any:
     if PartialState().is_main_process:
         try:
             answer[0] = decide()
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, the others must not wait for it
             answer[1] = error
     answer = broadcast_object_list(answer)
     if answer[1] is not None:
@@ -69,12 +77,18 @@ def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
             "clients_per_round": trainer.cohort_size,
             "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
             "client_ranks": None if args.client_ranks is None else _digest(args.client_ranks),
-            "model": type(trainer.model.get_base_model()).__name__,
+            "model": _describe_model(trainer.model.get_base_model()),
             "adapted layers": _digest(list(lora_layers(trainer.model))),
             "data": digest_rows(trainer.train_dataset, args.client_id_column),
         }
         trainer._identity = json.loads(json.dumps(values, default=str))
     return trainer._identity
+
+
+def _describe_model(model: PreTrainedModel) -> str:
+    config = model.config.get_text_config()
+    bits = next((f"{bits}-bit" for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), "unquantized")
+    return f"{type(model).__name__}, {config.num_hidden_layers} layers of {config.hidden_size}, {bits}"
 
 
 def _digest(values: list) -> str:
@@ -99,6 +113,7 @@ def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> 
         return _start_over(trainer, output_dir)
     state = read_state(folder)
     _refuse_other_run(folder, state["run"], identity(trainer))
+    _warn_of_other_length(trainer, folder)
     if state["round"] > trainer.args.num_rounds:
         raise CheckpointError(
             f"Expected a checkpoint of at most num_rounds={trainer.args.num_rounds} rounds, found {state['round']} in "
@@ -107,11 +122,22 @@ def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> 
     elsewhere = folder.resolve().parent != output_dir.resolve()
     if elsewhere:
         _refuse_occupied(output_dir)
+    else:
+        move_aside_later(output_dir, state["round"])
     _begin(trainer, output_dir)
     held = keep_rounds(output_dir / LEDGER_NAME, state["round"], folder.parent / LEDGER_NAME if elsewhere else None)
     if held < state["round"]:
         logger.warning("The ledger holds %d of the %d rounds before %s.", held, state["round"], folder)
     return str(folder)
+
+
+def _warn_of_other_length(trainer: "FederatedSketchTrainer", folder: Path) -> None:
+    """A run may be made longer, but a schedule that ends with the run then takes other rates from here on."""
+    args = trainer.args
+    saved = json.loads((folder / "training_args.json").read_text(encoding="utf-8")).get("num_rounds")
+    if saved != args.num_rounds and not str(args.lr_scheduler_type.value).startswith("constant"):
+        text = "The run was begun with num_rounds=%s and goes on with %s: its %s schedule differs from here on."
+        logger.warning(text, saved, args.num_rounds, args.lr_scheduler_type.value)
 
 
 def _begin(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
@@ -124,6 +150,11 @@ def _begin(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
 
 def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
     """Begin again at round 0 if the folder holds this very run, killed before its first checkpoint."""
+    if trainer.rounds_done:
+        raise CheckpointError(
+            f"Expected the initial adapter to begin again with, found one of {trainer.rounds_done} rounds and no "
+            "checkpoint: build the trainer anew, or name another output_dir."
+        )
     path = output_dir / IDENTITY_NAME
     if not path.is_file():
         raise CheckpointError(

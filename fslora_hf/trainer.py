@@ -4,6 +4,7 @@ Every override of a private hook of the Trainer is in this file, and was checked
 """
 
 import copy
+import json
 import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -32,6 +33,7 @@ from .checks import (
     check_round_callbacks,
     check_trainer_arguments,
     raise_together,
+    unmatched_targets_told,
 )
 from .clients import ClientIndex
 from .config import FederatedSketchConfig
@@ -49,6 +51,11 @@ from .server import ServerState
 from .updates import check_finite
 
 logger = logging.getLogger(__name__)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a value it does not know: numpy's numbers as numbers, all else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 class FederatedSketchTrainer(SFTTrainer):
@@ -109,32 +116,42 @@ class FederatedSketchTrainer(SFTTrainer):
         self.cohort_size = args.clients_per_round or len(given)
         if own == 0:
             callbacks.insert(0, RoundCallback())
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
+        # TRL rounds the adapters of quantized models to bfloat16, also one that was trained before.
+        given_pair = (
+            [{name: tensor.detach().clone() for name, tensor in side.items()} for side in global_pair(model)]
+            if isinstance(model, PeftModel)
+            else []
         )
+        with unmatched_targets_told():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
         raise_together(check_layers(self.model, self.aux_loss_enabled))
         prepared_ids = column_to_numpy(self.train_dataset, args.client_id_column)
         raise_together(check_prepared_rows(args, self.train_dataset, given_ids, prepared_ids))
         widen_adapter(self.model)
+        for tensors, exact in zip(global_pair(self.model), given_pair, strict=False):
+            for name, tensor in tensors.items():
+                tensor.data.copy_(exact[name])
         add_scored_head(self.model.get_base_model())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoundProgressCallback())
         self._bind_callbacks()
         self._plan_rounds(ClientIndex.from_column(prepared_ids), lora.r)
         self._engine: RoundEngine | None = None
-        self._token_sums = torch.zeros(4, dtype=torch.float64)
-        self._rounds_done = 0
+        self._token_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+        self.rounds_done = 0
 
     def _bind_callbacks(self) -> None:
         callbacks = self.callback_handler.callbacks
@@ -223,7 +240,7 @@ class FederatedSketchTrainer(SFTTrainer):
 
     def aggregate(self) -> dict[str, Any]:
         record = self._engine.close_round()
-        self._rounds_done = record["round"] + 1
+        self.rounds_done = record["round"] + 1
         return record
 
     # ---- The run ----
@@ -247,7 +264,7 @@ class FederatedSketchTrainer(SFTTrainer):
             gather=gather_object if args.world_size > 1 else lambda objects: objects,
         )
         self.optimizer = None  # one of an earlier call would hold parameters that are gone
-        self._rounds_done = 0
+        self.rounds_done = 0
 
     # ---- Overrides of the Trainer's hooks ----
 
@@ -360,20 +377,22 @@ class FederatedSketchTrainer(SFTTrainer):
     # ---- Checkpoints ----
 
     def _save_checkpoint(self, model, trial):
-        if self.state.global_step % self.layout.steps_per_round:
+        step = self.rounds_done * self.layout.steps_per_round
+        target = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if self.state.global_step != step and not self.control.should_training_stop:
             logger.warning("A checkpoint was asked for within a round; it is taken at the round's end.")
             self._round_callback.save_requested = True
             return
+        # Stopped within a round: `default` and the server still hold the last whole round, which may not be saved yet.
+        if self.state.global_step != step and (step == 0 or target.exists()):
+            return
         self.store_flos()
-        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self.create_model_card(model_name=Path(self.args.output_dir).name)
         if self.args.should_save:
-            with whole_folder(target, self._rounds_done, run.identity(self)) as folder:
+            with whole_folder(target, self.rounds_done, run.identity(self)) as folder:
                 self._save(str(folder))
                 self._engine.server.save(folder / SERVER_NAME)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
         if self.args.should_save:
             rotate(self.args.output_dir, self.args.save_total_limit)
 
@@ -385,7 +404,8 @@ class FederatedSketchTrainer(SFTTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
         self.processing_class.save_pretrained(str(folder))
-        (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        arguments = json.dumps(self.args.to_dict(), indent=2, default=_plain)
+        (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
@@ -394,7 +414,7 @@ class FederatedSketchTrainer(SFTTrainer):
             for name, tensor in tensors.items():
                 tensor.data.copy_(saved[f"{PEFT_PREFIX}{name}.lora_{side}.weight"])
         self._engine.server.load(folder / SERVER_NAME)
-        self._rounds_done = read_state(folder, verify=False)["round"]
+        self.rounds_done = read_state(folder, verify=False)["round"]
 
     def _load_rng_state(self, checkpoint):
         """Nothing to load: whatever is random in a round is seeded when the round begins."""
@@ -402,6 +422,6 @@ class FederatedSketchTrainer(SFTTrainer):
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial):
         super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
         # The checkpoint's round counts, not its step, which another layout of processes and blocks may have written.
-        self.state.global_step = self._rounds_done * self.layout.steps_per_round
-        self.state.epoch = float(self._rounds_done)
-        return self._rounds_done, 0
+        self.state.global_step = self.rounds_done * self.layout.steps_per_round
+        self.state.epoch = float(self.rounds_done)
+        return self.rounds_done, 0

@@ -26,15 +26,11 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.worker_train")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: more than ten seconds; run by default")
-
-
 @pytest.fixture(scope="session")
 def commonsense_dir() -> Path:
     """The folder of real rows, `<folder>/<task>/{train,test}.json`."""
     named = os.environ.get("FSLORA_COMMONSENSE_DIR")
-    folder = Path(named) if named else ROOT.parent / "shared" / "data" / "commonsense"
-    if not folder.is_dir():
-        pytest.skip(f"Expected real rows in {folder}, found no such folder: set FSLORA_COMMONSENSE_DIR to one.")
-    return folder
+    if not named:
+        pytest.skip("Expected real rows, found none: set FSLORA_COMMONSENSE_DIR to their folder.")
+    assert Path(named).is_dir(), f"Expected FSLORA_COMMONSENSE_DIR to name a folder, found {named}: mend or unset it."
+    return Path(named)

@@ -113,7 +113,10 @@ COLUMNS = {
     "no rows": (lambda rows: rows.select([]), "id in every row of column 'client_id', found no rows"),
     "streaming": (lambda rows: rows.to_iterable_dataset(), "a datasets.Dataset, found IterableDataset: .*streaming"),
     "a dict of data sets": (lambda rows: DatasetDict(train=rows), "a datasets.Dataset, found DatasetDict"),
-    "images": (lambda rows: rows.add_column("image", [0] * len(rows)), "text data, found an image column"),
+    "images": (
+        lambda rows: rows.add_column("image", [0] * len(rows)),
+        "text data in .*, found an image",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import resource
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -115,16 +116,18 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(tmp_path, monkeypatch, mom
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """Files of this process end at 2000 bytes, which a writer meets as it meets a full disk."""
+    """Files end at 2000 bytes, which a writer meets as it meets a full disk. Nothing else may write meanwhile."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # Python ignores the signal that goes with it
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_under_safetensors_is_told_like_any_other(tmp_path, small_files):
+def test_a_full_disk_under_safetensors_is_told_like_any_other(tmp_path):
     """Its writer raises an error of its own, which is no OSError."""
     write(tmp_path / "checkpoint-6", round=2)
     before = files(tmp_path)
@@ -132,7 +135,8 @@ def test_a_full_disk_under_safetensors_is_told_like_any_other(tmp_path, small_fi
         "Expected to write the checkpoint .*checkpoint-9, found '.*File too large.*': earlier checkpoints are whole"
     )
     with pytest.raises(OSError, match=message), whole_folder(tmp_path / "checkpoint-9", 3, RUN) as folder:
-        save_file({"a": torch.zeros(10_000)}, folder / "adapter_model.safetensors")
+        with small_files():
+            save_file({"a": torch.zeros(10_000)}, folder / "adapter_model.safetensors")
     assert files(tmp_path) == before
 
 

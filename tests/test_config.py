@@ -101,6 +101,11 @@ REFUSALS = [
     ({"num_train_epochs": 1}, f"num_train_epochs to be left at 3.0, found 1: {LENGTH}."),
     ({"max_steps": 10}, f"max_steps to be left at -1, found 10: {LENGTH}."),
     (
+        {"push_to_hub": True},
+        "push_to_hub to be left at False, found True: "
+        "a push beside training can lose rounds unseen, so upload a finished checkpoint's folder instead.",
+    ),
+    (
         {"load_best_model_at_end": True},
         "load_best_model_at_end to be left at False, found True: "
         "a run ends with its last round, so remove it and load the checkpoint of another round.",

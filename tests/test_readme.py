@@ -10,6 +10,9 @@ import tiny
 from test_recipes import launch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fslora_hf import FederatedSketchConfig
+from fslora_hf.recipe import RecipeArguments
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -88,11 +91,12 @@ def test_make_targets_exist():
 
 
 def test_keys_of_the_table_exist():
-    from fslora_hf import FederatedSketchConfig
-
     table = TEXT[TEXT.index("| key |") : TEXT.index("`--help` lists")]
-    keys = {key for row in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1]) if row.strip()}
-    assert len(keys) > 10 and keys <= set(FederatedSketchConfig.__dataclass_fields__)
+    rows = [row for row in table.splitlines()[2:] if row.startswith("|")]
+    keys = {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    known = set(FederatedSketchConfig.__dataclass_fields__) | set(RecipeArguments.__dataclass_fields__)
+    keys -= {"miniature", "commonsense", "load_dataset"}  # values
+    assert len(keys) > 10 and keys <= known
 
 
 def test_linked_files_exist():

@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 from fslora_hf import FederatedSketchConfig
 from fslora_hf.data.commonsense import TASKS
 from fslora_hf.data.miniature import miniature_rows
+from fslora_hf.data.sources import load_rows
+from fslora_hf.evaluation import Losses, Scores, TaskScore
 from fslora_hf.launch import build_trainer
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.report import read_ledger
+from recipes.quickstart import results_table
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/**/*.yaml") if "accelerate_configs" not in path.parts)
@@ -137,3 +140,42 @@ def test_train_script_tells_every_problem_at_once(tmp_path):
     assert done.returncode != 0 and "Traceback" not in done.stderr
     for problem in ("local_stepz", "did you mean local_steps", "num_rounds", "packing"):
         assert problem in done.stderr
+
+
+def test_an_improvement_is_claimed_only_above_the_majority_rate():
+    """BoolQ rising from 35 % to its majority rate of 62 % is no skill."""
+
+    def evaluated(**accuracies: float) -> tuple[Losses, Scores]:
+        tasks = {
+            task: TaskScore(accuracy, standard_error=0.01, majority_rate=rate, rows=100, invalid=0)
+            for (task, accuracy), rate in zip(accuracies.items(), (0.62, 0.25, 0.25), strict=True)
+        }
+        return Losses(1.0, dict.fromkeys(tasks, 1.0), 100), Scores([], tasks)
+
+    before, after = evaluated(boolq=0.35, piqa=0.25, arc=0.40), evaluated(boolq=0.622, piqa=0.40, arc=0.39)
+    verdicts = [line.split()[-1] for line in results_table(before, after).splitlines()[1:4]]
+    assert verdicts == ["no", "yes", "no"]
+
+
+def test_rows_of_any_data_set_with_its_held_out_split(tmp_path):
+    for split, rows in (("train", 6), ("validation", 2)):
+        lines = [json.dumps({"prompt": "w1 ", "completion": f"w{i} "}) for i in range(rows)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    assert len(load_rows(str(tmp_path), "train")) == 6
+    assert len(load_rows(str(tmp_path), "test")) == 2
+
+
+@pytest.mark.slow
+def test_throughput_benchmark_measures_every_variant(stand_in, tmp_path):
+    output = tmp_path / "out" / "throughput.json"
+    command = [sys.executable, str(ROOT / "recipes/benchmarks/throughput.py"), "--model", stand_in("smollm2_135m")]
+    command += ["--cpu", "--batch_size", "1", "--length", "12", "--completion", "3", "--clients", "2"]
+    command += ["--steps", "1", "--repeats", "1", "--rank", "2", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(output.read_text())
+    assert set(result["results"]) == {"completions", "all tokens"} and "torch" in result["versions"]
+    for rows in result["results"].values():
+        assert set(rows) == {"sft", "one", "sft_block", "block"}
+        assert all(row["tokens_per_second"] > 0 and row["peak_gigabytes"] > 0 for row in rows.values())
+    assert output.with_suffix(".png").stat().st_size > 5_000
