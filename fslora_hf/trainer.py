@@ -393,7 +393,6 @@ class FederatedSketchTrainer(SFTTrainer):
                 self._save(str(folder))
                 self._engine.server.save(folder / SERVER_NAME)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-        if self.args.should_save:
             rotate(self.args.output_dir, self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
