@@ -4,13 +4,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from .adapter import lora_layers
@@ -40,20 +37,6 @@ _DEFINING_ARGUMENTS = (
     "adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
 ).split()
 _DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
-
-
-def agree(decide: Callable[[], Any]) -> Any:
-    """The main process decides, and every process gets its answer, or its error: nobody waits for the others."""
-    answer: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            answer[0] = decide()
-        except Exception as error:  # whatever it is, the others must not wait for it
-            answer[1] = error
-    answer = broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
 
 
 def ranks_of_clients(args: FederatedSketchConfig, clients: int, global_rank: int) -> np.ndarray:

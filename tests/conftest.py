@@ -10,8 +10,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-_DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="fslora-test-datasets-")  # gone when the session ends
-os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
+_CACHE = tempfile.TemporaryDirectory(prefix="fslora-test-")  # gone when the session ends
+os.environ["HF_CACHE"] = _CACHE.name
+os.environ["HF_MODULES_CACHE"] = _CACHE.name + "/modules"  # where `evaluate` copies metrics to
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -7,14 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fslora_hf"
 ROWS = [
-    {"draws", "settings", "ledger"},
+    {"draws", "settings", "ledger", "processes"},
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods"},
     {"config", "updates", "adapter", "server", "head", "layout", "evaluation"},
     {"loader", "engine", "checks", "recipe"},
-    {"run", "callbacks"},
+    {"run", "callbacks", "round_scores", "subjects"},
     {"trainer", "hub"},
-    {"launch"},
+    {"launch", "scoring"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
