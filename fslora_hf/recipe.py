@@ -38,15 +38,18 @@ class RecipeArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "miniature (the packaged rows), commonsense (files in data_dir), or what datasets.load_dataset "
-            "takes. None: commonsense if data_dir is given, else miniature."
+            "help": "miniature (the packaged rows), commonsense (files in data_dir, or without it the originals on "
+            "the Hub), a local file or folder of rows, or a data set of the Hub. None: commonsense if data_dir is "
+            "given, else miniature."
         },
     )
     data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the commonsense rows: <data_dir>/<task>/{train,test}.json."}
+        default=None,
+        metadata={"help": "Folder of the commonsense rows: <data_dir>/<task>/{train,test}.json. None: from the Hub."},
     )
     tasks: list[str] | None = field(
-        default=None, metadata={"help": "Tasks of miniature or commonsense to use. None: all there are."}
+        default=None,
+        metadata={"help": "Tasks to use, of rows that have an instruction and an answer. None: all there are."},
     )
     train_rows_per_task: int | None = field(
         default=None, metadata={"help": "Train on at most so many rows of each task. None: all."}
@@ -98,8 +101,6 @@ class RecipeArguments:
         return {"column": column, "alpha": self.dirichlet_alpha, "shards_per_client": self.shards_per_client}
 
     def _data_problems(self) -> Iterable[str]:
-        if self.dataset == "commonsense" and self.data_dir is None:
-            yield sentence("data_dir", "a folder of commonsense rows", None, "give --data_dir a folder")
         if self.dataset != "commonsense" and self.data_dir is not None:
             remedy = "remove it, or set dataset to commonsense"
             yield sentence("data_dir", f"unset for dataset {self.dataset}", self.data_dir, remedy)

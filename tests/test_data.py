@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from fslora_hf.data import TASKS, completions, load_commonsense, load_miniature, options, render_completion
 from fslora_hf.data.prompts import render_prompt
 from fslora_hf.data.templates import published_row
+from tests.published import taken_apart
 
 # (question, choices, position of the right one, published instruction, published answer)
 PUBLISHED = {
@@ -294,14 +295,5 @@ def test_templates_write_the_real_rows(commonsense_dir):
     for path in sorted(commonsense_dir.glob("*/*.json")):
         task = path.parent.name
         for source in json.loads(path.read_text(encoding="utf-8")):
-            names = options(source)
-            body = source["instruction"].removesuffix("Answer format: " + "/".join(names))
-            marks = "" if task == "boolq" else "|".join(f"{name.capitalize()}: " for name in names)
-            question, *choices = re.split(marks, body) if marks else (body,)
-            question = question.split(": ", 2 if task == "boolq" else 1)[-1]
-            question = question.removesuffix("\n\n").removesuffix("?" if task == "boolq" else "")
-            separator = "\n\n" if task == "piqa" else " "
-            closing = " " if task == "winogrande" else "\n\n"
-            texts = [c.removesuffix(separator) for c in choices[:-1]] + [c.removesuffix(closing) for c in choices[-1:]]
-            rebuilt = published_row(task, question, texts or names, names.index(source["answer"]))
+            rebuilt = published_row(task, *taken_apart(task, source))
             assert rebuilt == source

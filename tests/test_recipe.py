@@ -20,7 +20,8 @@ from fslora_hf.settings import SettingsError
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
-RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(ACCELERATE))
+TASK_FILES = set((ROOT / "recipes" / "lm_eval").glob("*.yaml"))  # lm-evaluation-harness's, not ours
+RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(ACCELERATE) - TASK_FILES)
 WORKING = {"model_name_or_path": "some/model", "num_clients": 8, "use_cpu": True, "bf16": False}
 
 
@@ -216,10 +217,6 @@ def test_problems_of_other_dataclasses_are_told_too(tmp_path):
         (
             {"num_clients": None},
             "num_clients to be set for partition task_dirichlet, found None: say how many clients",
-        ),
-        (
-            {"dataset": "commonsense"},
-            "data_dir to be a folder of commonsense rows, found None: give --data_dir a folder",
         ),
         (
             {"dataset": "miniature", "data_dir": "rows"},

@@ -1,7 +1,8 @@
-"""The commonsense tasks as prompt/completion rows: from published files, or a miniature set that needs none."""
+"""The commonsense tasks as prompt/completion rows: published files, the originals on the Hub, or a miniature set."""
 
 from .commonsense import TASKS, load_commonsense
 from .miniature import load_miniature
+from .originals import load_originals
 from .prompts import completions, options, render_completion, render_prompt
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "completions",
     "load_commonsense",
     "load_miniature",
+    "load_originals",
     "options",
     "render_completion",
     "render_prompt",

@@ -42,17 +42,20 @@ def load_commonsense(
         ValueError: a task, split or limit is not one, or a file holds a row that cannot be used.
     """
     check_split(split)
-    if limit is not None and limit < 1:
-        raise ValueError(f"Expected a limit of at least 1 row per task, found {limit}: leave it out to take all rows.")
+    check_limit(limit)
     paths = _paths(Path(data_dir), None if tasks is None else check_tasks(tasks), split)
     rows = []
     for task, path in paths.items():
         published = read_rows(path)
-        kept = range(len(published))
-        if limit is not None and limit < len(published):
-            kept = sorted(permutation_prefix(len(published), limit, seed, "commonsense", task, split).tolist())
-        rows.extend(render_row(published[i], task) for i in kept)
+        rows.extend(render_row(published[i], task) for i in draw_rows(len(published), limit, task, split, seed))
     return to_dataset(rows)
+
+
+def draw_rows(count: int, limit: int | None, task: str, split: str, seed: int) -> Sequence[int]:
+    """Which of `count` rows of a task to keep, in their order: the same ones wherever the rows come from."""
+    if limit is None or limit >= count:
+        return range(count)
+    return sorted(permutation_prefix(count, limit, seed, "commonsense", task, split).tolist())
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -69,14 +72,19 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         raise ValueError(
             f"Expected {path} to hold a list of rows, found {rows if rows == [] else type(rows).__name__}."
         )
+    check_rows(rows, path)
+    return rows
+
+
+def check_rows(rows: Iterable[object], where: str | Path) -> None:
+    """Raises ValueError at the first row that lacks a field of the published layout or is at odds with its options."""
     for number, row in enumerate(rows):
         found = _problem(row)
         if found is not None:
             raise ValueError(
-                f"Expected every row of {path} to have the texts {', '.join(FIELDS)}, with an answer that its output "
+                f"Expected every row of {where} to have the texts {', '.join(FIELDS)}, with an answer that its output "
                 f"names and its answer format allows, found {found} in row {number} (from 0): correct or remove it."
             )
-    return rows
 
 
 def render_row(row: Mapping[str, str], task: str) -> dict[str, str]:
@@ -112,6 +120,17 @@ def check_split(split: str) -> None:
     """Raises ValueError unless `split` is one of `SPLITS`."""
     if split not in SPLITS:
         raise ValueError(f"Expected the split to be one of {', '.join(SPLITS)}, found {split!r}: name one of them.")
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises ValueError if `limit` asks for less than one row per task."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"Expected a limit of at least 1 row per task, found {limit}: leave it out to take all rows.")
+
+
+def is_commonsense_folder(folder: str | Path) -> bool:
+    """Whether the folder holds a file of a task in the published layout."""
+    return any(Path(folder, task, f"{split}.json").is_file() for task in TASKS for split in SPLITS)
 
 
 def _paths(root: Path, tasks: list[str] | None, split: str) -> dict[str, Path]:

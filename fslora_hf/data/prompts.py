@@ -5,11 +5,13 @@ in front of a space that a word follows, so the prompt's tokens stay as they are
 feed would not do, because several vocabularies hold the colon and the line feed as one token.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 
 from .templates import ANSWER_FORMAT
 
-PROMPT_TEMPLATE = "### Instruction:\n{instruction}\n\n### Response:"
+RESPONSE_MARK = "### Response:"
+PROMPT_TEMPLATE = "### Instruction:\n{instruction}\n\n" + RESPONSE_MARK
 COMPLETION_TEMPLATE = " {output}"
 
 
@@ -21,6 +23,17 @@ def render_prompt(instruction: str) -> str:
 def render_completion(answer_output: str) -> str:
     """The text that answers a rendered prompt, to be appended to it; the end-of-sequence token is not part of it."""
     return COMPLETION_TEMPLATE.format(output=answer_output)
+
+
+def prompt_hash(prompts: Iterable[str]) -> str:
+    """16 hexadecimal digits that stand for how these prompts word a question.
+
+    All prompts of this renderer share one; those of other rows have a hash of their own texts.
+    """
+    before, after = PROMPT_TEMPLATE.split("{instruction}")
+    foreign = [prompt for prompt in prompts if not (prompt.startswith(before) and prompt.endswith(after))]
+    text = "\0".join([PROMPT_TEMPLATE, COMPLETION_TEMPLATE, *foreign])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def options(row: Mapping[str, str]) -> list[str]:
