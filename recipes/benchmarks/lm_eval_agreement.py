@@ -1,0 +1,170 @@
+"""Our choices against lm-evaluation-harness's, question by question, and the time of both in one run.
+
+    python recipes/benchmarks/lm_eval_agreement.py --model FOLDER --adapter FOLDER --data_dir FOLDER --cpu
+
+Needs `pip install "lm_eval[hf]"`. Both score the same loaded model on the same rows, a task at a time, in turns: ours,
+then the harness. Options count as agreeing if both choose the same one; questions whose two best options lie within
+1e-4 nats are counted apart, because rounding decides them. Texts agree if the same answer is read from both.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fslora_hf.data import load_commonsense
+from fslora_hf.evaluation import Outcome, score_rows
+from fslora_hf.evaluation.outcomes import read_answer
+
+NEAR = 1e-4  # nats
+WHOLE = ("openbookqa", "ARC-Challenge")  # scored on all their rows
+TASKS = (*WHOLE, "ARC-Easy", "boolq", "winogrande")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder or name of the base model")
+    parser.add_argument("--adapter", help="folder of an adapter; without it the base is scored")
+    parser.add_argument("--data_dir", required=True, help="folder of the commonsense rows in the published layout")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--rows", type=int, default=200, help="options: rows of each task that is not scored whole")
+    parser.add_argument("--whole", nargs="*", default=list(WHOLE), help="options: tasks scored on all their rows")
+    parser.add_argument("--texts", type=int, default=50, help="generation: rows of each task")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--output", default=str(ROOT / "docs/benchmarks/lm_eval_agreement.json"))
+    return parser.parse_args()
+
+
+def compare(model, tokenizer, args: argparse.Namespace, task: str, rows: Dataset, protocol: str) -> dict:
+    """One task by both; returns counts and seconds."""
+    started = time.monotonic()
+    ours = score_rows(model, tokenizer, rows, protocol, args.batch_size, description=f"{task}, ours")
+    between = time.monotonic()
+    samples = harness_samples(model, tokenizer, args.batch_size, task, len(rows), protocol)
+    ended = time.monotonic()
+    count = options_agree if protocol == "loglikelihood" else texts_agree
+    return {
+        "rows": len(rows),
+        **count(ours.outcomes, samples),
+        "seconds": between - started,
+        "harness_seconds": ended - between,
+    }
+
+
+def harness_samples(model, tokenizer, batch_size: int, task: str, rows: int, protocol: str) -> list[dict]:
+    """What lm-eval makes of the first rows of a task, in their order."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    name = "fslora_" + task.lower().replace("-", "_") + ("_generate" if protocol == "generate" else "")
+    found = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=[name],
+        task_manager=TaskManager(include_path=str(ROOT / "recipes/lm_eval"), include_defaults=False),
+        limit=rows,
+        bootstrap_iters=0,
+        verbosity="ERROR",
+    )
+    return sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+
+
+def options_agree(ours: Sequence[Outcome], samples: Sequence[dict]) -> dict:
+    same = near = 0
+    largest, differing = 0.0, []
+    for number, (outcome, sample) in enumerate(zip(ours, samples, strict=True)):
+        theirs = [float(response[0]) for response in sample["filtered_resps"]]
+        largest = max(largest, *(abs(a - b) for a, b in zip(outcome.log_likelihoods, theirs, strict=True)))
+        best, second = sorted(theirs, reverse=True)[:2]
+        if best - second <= NEAR:
+            near += 1
+        elif outcome.choice == outcome.options[theirs.index(best)]:
+            same += 1
+        else:
+            differing.append(number)
+    harness_right = sum(sample["acc"] for sample in samples)
+    right = sum(outcome.correct for outcome in ours)
+    return {
+        "same": same,
+        "near": near,
+        "differing": differing,
+        "largest_difference_nats": largest,
+        "right": right,
+        "harness_right": int(harness_right),
+    }
+
+
+def texts_agree(ours: Sequence[Outcome], samples: Sequence[dict]) -> dict:
+    answers = [
+        read_answer(sample["resps"][0][0], outcome.task, outcome.options)
+        for outcome, sample in zip(ours, samples, strict=True)
+    ]
+    differing = [i for i, (o, answer) in enumerate(zip(ours, answers, strict=True)) if o.choice != answer]
+    same_text = sum(o.text.strip() == s["resps"][0][0].strip() for o, s in zip(ours, samples, strict=True))
+    return {
+        "same": len(ours) - len(differing),
+        "near": 0,
+        "differing": differing,
+        "same_text": same_text,
+        "right": sum(outcome.correct for outcome in ours),
+        "harness_right": int(sum(sample["exact_match"] for sample in samples)),
+    }
+
+
+def main() -> None:
+    args = arguments()
+    os.environ["FSLORA_COMMONSENSE_DIR"] = args.data_dir
+    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+    if args.adapter:
+        model = PeftModel.from_pretrained(model, args.adapter)
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    results: dict[str, dict] = {"loglikelihood": {}, "generate": {}}
+    for protocol, found in results.items():
+        for task in args.tasks:
+            rows = load_commonsense(args.data_dir, [task], "test")
+            whole = protocol == "loglikelihood" and task in args.whole
+            limit = args.rows if protocol == "loglikelihood" else args.texts
+            rows = rows if whole else rows.select(range(min(limit, len(rows))))
+            found[task] = compare(model, tokenizer, args, task, rows, protocol)
+            print(protocol, task, json.dumps(found[task]), flush=True)
+    report(results, args)
+
+
+def report(results: dict[str, dict], args: argparse.Namespace) -> None:
+    totals = {}
+    for protocol, found in results.items():
+        sums = {key: sum(task[key] for task in found.values()) for key in ("rows", "same", "near")}
+        ours, theirs = (sum(task[key] for task in found.values()) for key in ("seconds", "harness_seconds"))
+        totals[protocol] = {**sums, "seconds": ours, "harness_seconds": theirs, "times_as_fast": theirs / ours}
+        print(f"{protocol}: {json.dumps(totals[protocol])}")
+    content = {
+        "model": Path(args.model).name,
+        "adapter": Path(args.adapter).name if args.adapter else None,
+        "batch_size": args.batch_size,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lm_eval")},
+        "totals": totals,
+        "tasks": results,
+    }
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"Written to {output}")
+
+
+if __name__ == "__main__":
+    main()
