@@ -5,8 +5,7 @@ LoRA layer adds two batched products with the clients' stacked pairs. Rows beyon
 sides, so their gradients are zero and every elementwise optimizer leaves them zero.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -140,15 +139,6 @@ class ClientStack:
         """Make the model compute with the global adapter again."""
         self._received = ()
         self._activate(False)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The model computes with the global adapter inside, whatever client was in it before."""
-        self._activate(False)
-        try:
-            yield
-        finally:
-            self._activate(bool(self._received))
 
     def expect(self, positions: int) -> None:
         """Tell the layers how many tokens (padding included) the next forward passes see."""

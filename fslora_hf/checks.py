@@ -13,6 +13,7 @@ from torch import nn
 from .adapter import global_pair, lora_layers
 from .clients import read_column
 from .config import FederatedSketchConfig
+from .data.commonsense import COLUMNS as OPTION_COLUMNS
 from .methods import METHODS
 from .rows import survey_rows
 
@@ -59,6 +60,18 @@ def check_trainer_arguments(
     for name, dataset in held_out.items():
         if dataset is not None:
             yield from _check_rows(name, dataset)
+            if isinstance(dataset, Dataset):
+                yield from _check_options(args.eval_protocol, name, dataset)
+
+
+def _check_options(protocol: str | None, name: str, dataset: Dataset) -> Iterator[str]:
+    """Problems of evaluation rows that shall be asked, not only measured by their loss."""
+    missing = sorted(set(OPTION_COLUMNS) - set(dataset.column_names))
+    if protocol not in (None, "loss") and missing:
+        yield (
+            f"Expected {name} to have the columns {', '.join(OPTION_COLUMNS)} with eval_protocol={protocol}, found no "
+            f"{', '.join(missing)}: add them, or set eval_protocol to loss."
+        )
 
 
 def check_round_callbacks(found: int) -> Iterator[str]:

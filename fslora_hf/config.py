@@ -14,6 +14,7 @@ from .settings import SettingsError, default_of, did_you_mean, field_problems, i
 
 METHODS = ("fslora", "fedit")
 RANK_DISTRIBUTIONS = ("homogeneous", "uniform", "normal", "heavy_tail_low")
+EVAL_PROTOCOLS = ("loglikelihood", "generate", "loss")
 SERVER_OPTIMIZERS = ("sgd", "sgd_momentum", "adam", "adamw")
 
 # Clients of a block lie side by side in one stacked tensor, so a local optimizer must treat each number for itself.
@@ -96,7 +97,7 @@ _NO_ROUTER_LOSS = ("router_aux_loss_coef", 0.0)  # the value that turns it off; 
 _AT_LEAST = {
     **dict.fromkeys(("num_rounds", "clients_per_round", "local_steps", "per_device_train_clients", "min_examples"), 1),
     **dict.fromkeys(("min_rank", "max_rank", "per_device_train_batch_size", "per_device_eval_batch_size"), 1),
-    "gradient_accumulation_steps": 1,
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_num_beams", "eval_max_new_tokens"), 1),
     "max_length": 2,  # the shift takes the first token from the loss
     **dict.fromkeys(("save_rounds", "eval_rounds", "seed", "learning_rate", "warmup_steps"), 0),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), 0),
@@ -185,6 +186,18 @@ class FederatedSketchConfig(SFTConfig):
     )
     eval_rounds: int = field(
         default=0, metadata={"help": "Evaluate every so many rounds and after the last. 0: never."}
+    )
+    eval_protocol: str | None = field(
+        default=None,
+        metadata={
+            "help": "How an evaluation asks rows with options: loglikelihood scores each, generate reads the answer "
+            "from a text, loss asks nothing. None: loglikelihood where the rows have options, else loss.",
+            "choices": EVAL_PROTOCOLS,
+        },
+    )
+    eval_num_beams: int = field(default=4, metadata={"help": "Beams of eval_protocol generate. 1: greedy."})
+    eval_max_new_tokens: int = field(
+        default=32, metadata={"help": "Tokens that eval_protocol generate writes at most."}
     )
     overlong_prompts: str = field(
         default="truncate",

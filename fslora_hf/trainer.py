@@ -45,6 +45,8 @@ from .ledger import LEDGER_NAME
 from .loader import RoundBatches, RoundLoader
 from .methods import METHODS
 from .plan import ClientPlan, RoundPlan, plan_round
+from .processes import agree
+from .round_scores import RoundScorer
 from .rows import column_to_numpy, fit_rows
 from .schedule import round_schedule
 from .server import ServerState
@@ -151,6 +153,7 @@ class FederatedSketchTrainer(SFTTrainer):
         self._plan_rounds(ClientIndex.from_column(prepared_ids), lora.r)
         self._engine: RoundEngine | None = None
         self._token_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+        self._scorer, self._asked = RoundScorer(args, eval_dataset), None
         self.rounds_done = 0
 
     def _bind_callbacks(self) -> None:
@@ -198,7 +201,7 @@ class FederatedSketchTrainer(SFTTrainer):
             resume_from_checkpoint: a checkpoint's folder, or True for the latest finished one in `output_dir`.
         """
         self._bind_callbacks()
-        checkpoint = run.agree(lambda: run.find_start(self, resume_from_checkpoint))
+        checkpoint = agree(lambda: run.find_start(self, resume_from_checkpoint))
         self._open_run()
         try:
             return super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -211,6 +214,11 @@ class FederatedSketchTrainer(SFTTrainer):
         server = ServerState(*global_pair(self.model))
         received = METHODS[self.args.method]().receive(server, client, client.sketch)
         save_client_adapter(path, received, self.model.peft_config["default"])
+
+    @property
+    def in_run(self) -> bool:
+        """Whether `train()` is at work."""
+        return self._engine is not None
 
     @property
     def ledger_path(self) -> Path:
@@ -368,11 +376,24 @@ class FederatedSketchTrainer(SFTTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         return self._engine.stack.clip_gradients(0.0).mean() if grad_norm is None else grad_norm
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        # Of several evaluation sets, the Trainer calls this again with the name of each. Rows that are handed in here
+        # are scored for nothing but their loss.
+        named = isinstance(self.eval_dataset, dict)
+        self._asked = eval_dataset if named and isinstance(eval_dataset, str) else None
+        if eval_dataset is None and not named:
+            self._asked = ""
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._asked = None
+
     def evaluation_loop(self, *args, **kwargs):
-        if self._engine is None:
-            return super().evaluation_loop(*args, **kwargs)
-        with self._engine.stack.paused():
-            return super().evaluation_loop(*args, **kwargs)
+        # In evaluation mode the layers compute with the global adapter, whatever clients are in the stack.
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._asked in self._scorer.rows:
+            output.metrics.update(self._scorer.score(self, self._asked, kwargs.get("metric_key_prefix", "eval")))
+        return output
 
     # ---- Checkpoints ----
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 
 from fslora_hf import FederatedSketchConfig
-from fslora_hf.evaluation.scoring import Losses, Scores, answer_losses, score_options
+from fslora_hf.evaluation import Losses, Scores, held_out_loss, score_rows
 from fslora_hf.launch import build_trainer, finish, held_out_rows
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.report import read_ledger, totals
@@ -34,9 +34,9 @@ def unused_folder(folder: str) -> str:
 def evaluate(trainer, rows, when: str) -> tuple[Losses, Scores]:
     """Loss and accuracy of the global adapter on held-out rows."""
     print(f"Scoring {len(rows)} held-out rows {when} training ...", flush=True)
-    trainer.model.eval()
-    scores = score_options(trainer.model, trainer.processing_class, rows, trainer.args.per_device_eval_batch_size)
-    return answer_losses(scores), scores
+    subject = trainer.model, trainer.processing_class, rows
+    batch_size = trainer.args.per_device_eval_batch_size
+    return held_out_loss(*subject, batch_size=batch_size), score_rows(*subject, batch_size=batch_size)
 
 
 def results_table(before: tuple[Losses, Scores], after: tuple[Losses, Scores]) -> str:

@@ -1,25 +1,19 @@
 """Scoring of a language model on question-answering rows."""
 
-from .scoring import (
-    Losses,
-    Outcome,
-    Scores,
-    TaskScore,
-    answer_losses,
-    held_out_loss,
-    majority_rate,
-    score_options,
-    standard_error,
-)
+from .generation import Generate
+from .loglikelihood import Loglikelihood, Losses, held_out_loss
+from .outcomes import Outcome, Scores, TaskScore
+from .runner import PROTOCOLS, make_protocol, score_rows
 
 __all__ = [
+    "PROTOCOLS",
+    "Generate",
+    "Loglikelihood",
     "Losses",
     "Outcome",
     "Scores",
     "TaskScore",
-    "answer_losses",
     "held_out_loss",
-    "majority_rate",
-    "score_options",
-    "standard_error",
+    "make_protocol",
+    "score_rows",
 ]

@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 from trl import SFTConfig, SFTTrainer
 
 from fslora_hf.data import completions, load_miniature, options
-from fslora_hf.evaluation import answer_losses, held_out_loss, majority_rate, score_options, standard_error
+from fslora_hf.evaluation import held_out_loss, score_rows
 from tests import tiny
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -27,10 +27,11 @@ def tokenizer(merge: tuple[str, str] | None = None, padding_side: str = "right")
 
 
 def fitted(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with a vocabulary for `tokenizer`."""
+    """The model with a vocabulary for `tokenizer`, and room for rows of bytes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model.resize_token_embeddings(len(BYTES) + 1, mean_resizing=False)
+    model.config.max_position_embeddings = 512  # what it computes does not depend on it; what it is asked does
     return model
 
 
@@ -53,10 +54,10 @@ def naive_log_likelihood(model, tokenizer, prompt: str, completion: str) -> floa
     return sum(log_probs[i - 1, ids[i]].item() for i in range(len(prompt_ids), len(ids)))
 
 
-def naive(model, tokenizer, rows, end="</s>") -> list[list[float]]:
+def naive(model, tokenizer, rows) -> list[list[float]]:
     model.eval()
     return [
-        [naive_log_likelihood(model, tokenizer, row["prompt"], completion + end) for completion in completions(row)]
+        [naive_log_likelihood(model, tokenizer, row["prompt"], completion) for completion in completions(row)]
         for row in rows
     ]
 
@@ -66,41 +67,41 @@ def largest_difference(scores, expected) -> float:
     return max(abs(a - b) for outcome, values in pairs for a, b in zip(outcome.log_likelihoods, values, strict=True))
 
 
-@pytest.mark.parametrize("end", ["</s>", ""])
-def test_log_likelihoods_and_choices_are_those_of_the_naive_twin_for_any_batch_size(model, rows, end):
-    expected = naive(model, tokenizer(), rows, end)
+def test_log_likelihoods_and_choices_are_those_of_the_naive_twin_for_any_batch_size(model, rows):
+    expected = naive(model, tokenizer(), rows)
     for batch_size in (1, 3, 8, 100):
-        scores = score_options(model, tokenizer(), rows, batch_size=batch_size, append_eos=bool(end))
+        scores = score_rows(model, tokenizer(), rows, batch_size=batch_size)
         assert largest_difference(scores, expected) < 1e-9
         for outcome, row, values in zip(scores.outcomes, rows, expected, strict=True):
             assert outcome.task == row["task"] and outcome.answer == row["answer"]
             assert outcome.options == tuple(options(row))
             assert outcome.choice == options(row)[values.index(max(values))]
+            by_character = [v / (len(c) - 1) for v, c in zip(values, completions(row), strict=True)]
+            assert outcome.choice_norm == options(row)[by_character.index(max(by_character))]
             assert outcome.correct == (outcome.choice == row["answer"])
 
 
-@pytest.mark.parametrize("end", ["</s>", ""])
-def test_an_option_that_begins_another(model, end):
+def test_an_option_that_begins_another(model):
     row = {"prompt": "how many?\n\nAnswer format: 1/12/123", "completion": " 12", "answer": "12", "task": "counts"}
-    scores = score_options(model, tokenizer(), Dataset.from_list([row, row]), append_eos=bool(end))
-    assert largest_difference(scores, naive(model, tokenizer(), [row, row], end)) < 1e-9
+    scores = score_rows(model, tokenizer(), Dataset.from_list([row, row]))
+    assert largest_difference(scores, naive(model, tokenizer(), [row, row])) < 1e-9
 
 
 def test_accuracy_by_task_is_counted_from_the_outcomes(model, rows):
-    scores = score_options(model, tokenizer(), rows)
+    scores = score_rows(model, tokenizer(), rows)
     assert list(scores.tasks) == list(dict.fromkeys(rows["task"][:]))
     for task, score in scores.tasks.items():
         right = [outcome.correct for outcome in scores.outcomes if outcome.task == task]
         answers = [row["answer"] for row in rows if row["task"] == task]
         assert score.rows == len(right) == len(answers) and score.invalid == 0
         assert score.accuracy == sum(right) / len(right)
-        assert score.standard_error == standard_error(score.accuracy, len(right))
-        assert score.majority_rate == majority_rate(answers)
+        assert score.standard_error == pytest.approx(math.sqrt(score.accuracy * (1 - score.accuracy) / len(right)))
+        assert score.majority_rate == max(map(answers.count, answers)) / len(answers)
 
 
 def test_a_peft_model_is_scored_with_its_adapter(rows):
     adapted = get_peft_model(fitted(tiny.base_model()), tiny.lora_config(zero_b=False)).double()
-    with_adapter = score_options(adapted, tokenizer(), rows, batch_size=3)
+    with_adapter = score_rows(adapted, tokenizer(), rows, batch_size=3)
     assert largest_difference(with_adapter, naive(adapted, tokenizer(), rows)) < 1e-9
     with adapted.disable_adapter():
         assert largest_difference(with_adapter, naive(adapted, tokenizer(), rows)) > 1e-3
@@ -127,36 +128,37 @@ def test_a_sliding_window_and_capped_logits():
     some = load_miniature("test", ["piqa", "boolq"], rows_per_task=12).select(range(8, 16))
     expected = naive(gemma, tokenizer(), some)
     for batch_size in (1, 8):
-        assert largest_difference(score_options(gemma, tokenizer(), some, batch_size), expected) < 1e-3
+        assert largest_difference(score_rows(gemma, tokenizer(), some, batch_size=batch_size), expected) < 1e-3
 
 
 def test_the_side_on_which_the_tokenizer_pads_does_not_matter(model, rows):
-    left, right = (score_options(model, tokenizer(padding_side=side), rows) for side in ("left", "right"))
+    left, right = (score_rows(model, tokenizer(padding_side=side), rows) for side in ("left", "right"))
     assert left == right
 
 
-def test_prompts_are_not_projected_through_the_head(model, rows):
-    """The shared beginning's logits are computed from the prompt's last token on, the prompt itself runs once."""
+def test_only_scored_positions_are_projected_and_the_prompt_runs_once(model, rows):
+    """One pass where the options differ in their last token alone, and a second one over what differs elsewhere."""
     projected, embedded = [], []
     hooks = [
         module.register_forward_hook(lambda module, inputs, output, shapes=shapes: shapes.append(output.shape[:2]))
         for module, shapes in ((model.lm_head, projected), (model.get_input_embeddings(), embedded))
     ]
-    score_options(model, tokenizer(), rows.select([0]), batch_size=1)
+    boolq = next(i for i, row in enumerate(rows) if row["task"] == "boolq")
+    assert rows[0]["task"] != "boolq"
+    for i, after, second in ((0, " the correct answer is answer", []), (boolq, " the correct answer is ", [(2, 4)])):
+        score_rows(model, tokenizer(), rows.select([i]), batch_size=1)
+        assert embedded == [(1, len((rows[i]["prompt"] + after).encode())), *second]
+        assert projected == [(1, 1 + len(after)), *second]
+        embedded.clear(), projected.clear()
     for hook in hooks:
         hook.remove()
-    row = rows[0]
-    texts = completions(row)
-    before = len(" the correct answer is answer")
-    assert embedded == [(1, len(row["prompt"].encode()) + before), (len(texts), 1)]
-    assert projected == [(1, 1 + before), (len(texts), 1)]
 
 
 def test_equally_likely_options_give_the_first(rows):
     flat = fitted(tiny.base_model())
     flat.lm_head.weight.data.zero_()
     same_length = rows.filter(lambda row: row["task"] != "boolq")
-    scores = score_options(flat, tokenizer(), same_length)
+    scores = score_rows(flat, tokenizer(), same_length)
     assert {outcome.choice for outcome in scores.outcomes} == {"answer1", "ending1", "solution1", "option1"}
 
 
@@ -166,7 +168,7 @@ def test_a_log_likelihood_that_is_no_number_counts_as_wrong_and_is_reported(rows
     some = rows.select(range(6))
     marked = some.map(lambda row, i: {"prompt": ("Q" if i in (1, 4) else "") + row["prompt"]}, with_indices=True)
     assert not any("Q" in prompt for prompt in some["prompt"])
-    scores, whole = (score_options(broken, tokenizer(), rows, batch_size=3) for rows in (marked, some))
+    scores, whole = (score_rows(broken, tokenizer(), rows, batch_size=3) for rows in (marked, some))
     for i, (outcome, sound) in enumerate(zip(scores.outcomes, whole.outcomes, strict=True)):
         if i in (1, 4):
             assert outcome.choice is None and not outcome.correct and math.isnan(outcome.log_likelihoods[0])
@@ -174,7 +176,7 @@ def test_a_log_likelihood_that_is_no_number_counts_as_wrong_and_is_reported(rows
             assert outcome.choice == sound.choice is not None
     assert sum(score.invalid for score in scores.tasks.values()) == 2
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 6 questions have an option whose log-likelihood is not a number; they count as wrong."
+        "In 2 of 6 questions the model computed something that is not a number; they count as wrong."
     ]
 
 
@@ -202,7 +204,7 @@ def test_held_out_loss_is_what_training_minimises(rows, tmp_path):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_as_it_was(rows, training):
     adapted = get_peft_model(fitted(tiny.base_model()), tiny.lora_config(dropout=0.5, zero_b=False)).train(training)
-    first, second = (score_options(adapted, tokenizer(), rows.select(range(4))) for _ in range(2))
+    first, second = (score_rows(adapted, tokenizer(), rows.select(range(4))) for _ in range(2))
     assert first == second  # dropout was off
     assert all(module.training == training for module in adapted.modules())
     adapted(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
@@ -211,42 +213,27 @@ def test_the_model_is_left_as_it_was(rows, training):
 def test_a_tokenizer_that_merges_across_the_prompts_end(model, rows):
     merging = tokenizer(merge=(":", "Ġ"))
     with pytest.raises(ValueError, match=r"^Expected a prompt with tokens that stay .* in row 0 \(from 0\): end the"):
-        score_options(model, merging, rows)
-    with pytest.raises(ValueError, match="^Expected a prompt with tokens that stay"):
+        score_rows(model, merging, rows)
+    with pytest.raises(ValueError, match="^Expected a prompt with tokens, found none in row 0"):
         held_out_loss(model, tokenizer(), rows.map(lambda row: {"prompt": ""}))
 
 
 def test_rows_that_are_too_long(model, rows):
-    lengths = [max(len((row["prompt"] + text).encode()) + 1 for text in completions(row)) for row in rows]
+    lengths = [max(len((row["prompt"] + text).encode()) for text in completions(row)) for row in rows]
     longest = lengths.index(max(lengths))
-    score_options(model, tokenizer(), rows.select([longest]), max_length=max(lengths))
+    score_rows(model, tokenizer(), rows.select([longest]), max_length=max(lengths))
     message = f"^Expected rows of at most {max(lengths) - 1} tokens, found {max(lengths)} in row {longest} "
     with pytest.raises(ValueError, match=message):
-        score_options(model, tokenizer(), rows, max_length=max(lengths) - 1)
+        score_rows(model, tokenizer(), rows, max_length=max(lengths) - 1)
 
 
 def test_what_cannot_be_scored(model, rows):
     for unfit in (rows.select([]), rows.remove_columns("task")):
         with pytest.raises(ValueError, match="^Expected a dataset with rows and the columns prompt, .*found"):
-            score_options(model, tokenizer(), unfit)
+            score_rows(model, tokenizer(), unfit)
     with pytest.raises(ValueError, match="^Expected a dataset with rows"):
         held_out_loss(model, tokenizer(), rows.select([]))
     with pytest.raises(ValueError, match="^Expected an answer that is one of .*, found answer 'none'"):
-        score_options(model, tokenizer(), rows.map(lambda row: {"answer": "none"}))
+        score_rows(model, tokenizer(), rows.map(lambda row: {"answer": "none"}))
     with pytest.raises(ValueError, match="^Expected a batch size of at least 1, found 0: ask"):
-        score_options(model, tokenizer(), rows, batch_size=0)
-
-
-def test_majority_rate_and_standard_error():
-    assert majority_rate(["true", "false", "true", "true"]) == 0.75
-    assert majority_rate([2]) == 1.0
-    assert standard_error(0.5, 100) == 0.05
-    assert standard_error(1.0, 7) == 0.0
-
-
-def test_losses_of_scored_answers_are_the_held_out_losses(model, rows):
-    from_scores = answer_losses(score_options(model, tokenizer(), rows))
-    directly = held_out_loss(model, tokenizer(), rows)
-    assert from_scores.tokens == directly.tokens
-    assert from_scores.overall == pytest.approx(directly.overall, abs=1e-12)
-    assert from_scores.tasks == pytest.approx(directly.tasks, abs=1e-12)
+        score_rows(model, tokenizer(), rows, batch_size=0)

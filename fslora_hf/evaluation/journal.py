@@ -1,0 +1,83 @@
+"""The questions an evaluation has finished, on disk while it runs: a killed one goes on from there."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .outcomes import Outcome
+
+
+class Journal:
+    """Outcomes by row, in one hidden file a process and attempt, `.<name>.<attempt>-<process>.partial.jsonl`.
+
+    Args:
+        folder: where the evaluation's result file will be.
+        name: that file's name without its endings.
+        identity: what makes it that evaluation, plain JSON values; the outcomes of another are refused.
+    """
+
+    def __init__(self, folder: str | Path, name: str, identity: Mapping[str, Any]):
+        self.folder, self.name = Path(folder), name
+        self.identity = json.loads(json.dumps(identity))
+        self._file = None
+
+    def read(self) -> tuple[dict[int, Outcome], int]:
+        """What earlier attempts have finished, by row, and the number of the next attempt.
+
+        A line that was torn while it was written ends its file; its question is asked again.
+
+        Raises:
+            ValueError: the files are of another evaluation.
+        """
+        done: dict[int, Outcome] = {}
+        paths = self._paths()
+        for path in paths:
+            head, *records = _whole_records(path) or [None]
+            if head is not None and head != self.identity:
+                differing = [key for key in sorted({*head, *self.identity}) if head.get(key) != self.identity.get(key)]
+                raise ValueError(
+                    f"Expected the unfinished evaluation in {path} to be this one, found that it differs in "
+                    f"{', '.join(differing)}: finish it with its own settings, remove the file, or name another "
+                    "results_dir."
+                )
+            done |= {record["row"]: Outcome.from_record(record) for record in records}
+        attempts = [int(path.name.rsplit(".", 3)[1].split("-")[0]) for path in paths]
+        return done, max(attempts, default=0) + 1
+
+    def open(self, attempt: int, process: int) -> None:
+        """Begin this process's file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f".{self.name}.{attempt}-{process}.partial.jsonl"
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+        self._write([self.identity])
+
+    def append(self, rows: Sequence[int], outcomes: Sequence[Outcome]) -> None:
+        """Add some finished questions; they are with the kernel when this returns, which a kill does not undo."""
+        self._write([{"row": row, **outcome.to_record()} for row, outcome in zip(rows, outcomes, strict=True)])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def remove(self) -> None:
+        """Remove every file of this evaluation, once its results stand."""
+        for path in self._paths():
+            path.unlink()
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob(f".{self.name}.*-*.partial.jsonl"))
+
+    def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        self._file.flush()
+
+
+def _whole_records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

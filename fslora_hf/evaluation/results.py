@@ -1,0 +1,174 @@
+"""Result files: what was measured, on what, with what, for a machine and a person to read.
+
+An evaluation leaves `<name>.results.json`, its scores and everything they depend on, and `<name>.outcomes.jsonl`, one
+line a question.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ..data.prompts import prompt_hash
+from .outcomes import Scores, rows_hash
+
+FORMAT = 1
+RESULTS, OUTCOMES = ".results.json", ".outcomes.jsonl"
+_PACKAGES = ("fslora_hf", "torch", "transformers", "peft", "datasets", "evaluate", "bitsandbytes")
+# What two evaluations must share to be the same one; names of places may differ.
+_DEFINING = ("protocol", "settings", "prompt_hash", "rows_hash")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model: the name it was loaded by, its revision there, and how it was loaded."""
+
+    name: str
+    revision: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter: where it came from, the rounds it was trained for if known, and a hash of its tensors."""
+
+    name: str
+    digest: str
+    revision: str | None = None
+    round: int | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an evaluation is of."""
+
+    name: str  # shown to people
+    model: ModelSource
+    adapter: AdapterSource | None = None
+
+
+def identity(subject: Subject, protocol: Any, rows: Dataset) -> dict[str, Any]:
+    """Everything that decides the outcomes, up to rounding, as plain JSON values."""
+    return {
+        "protocol": protocol.name,
+        "settings": dict(protocol.settings),
+        "prompt_hash": prompt_hash(rows["prompt"]),
+        "rows_hash": rows_hash(rows),
+        "model": asdict(subject.model),
+        "adapter": None if subject.adapter is None else subject.adapter.digest,
+    }
+
+
+def make_results(
+    subject: Subject,
+    protocol: Any,
+    rows: Dataset,
+    scores: Scores,
+    *,
+    seed: int,
+    seconds: float,
+    processes: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """The content of a result file.
+
+    Args:
+        seed: of the choice of rows.
+        seconds: that the evaluation took in all, over its attempts if it was resumed.
+    """
+    return {
+        "format": FORMAT,
+        "name": subject.name,
+        **identity(subject, protocol, rows),
+        "adapter": None if subject.adapter is None else asdict(subject.adapter),
+        "seed": seed,
+        "scores": scores.table(),
+        "not_finite": scores.not_finite,
+        "versions": _versions(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "processes": processes,
+        "batch_size": batch_size,
+    }
+
+
+def write_results(folder: str | Path, name: str, results: Mapping[str, Any], scores: Scores) -> Path:
+    """Write both files, each in one step, the outcomes first; returns the path of the result file."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(outcome.to_record(), allow_nan=False) + "\n" for outcome in scores.outcomes)
+    _replace(folder / f"{name}{OUTCOMES}", "".join(lines))
+    content = {**results, "outcomes": f"{name}{OUTCOMES}"}
+    path = folder / f"{name}{RESULTS}"
+    _replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def find_results(folder: str | Path, name: str, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The results that stand under this name, None if there are none.
+
+    Raises:
+        ValueError: they are of another evaluation than `wanted`, an `identity`.
+    """
+    path = Path(folder) / f"{name}{RESULTS}"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        held = {key: found[key] for key in _DEFINING} | {"model": found["model"]}
+        held["adapter"] = found["adapter"] and found["adapter"]["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected results of this project in {path}, found damage ({error}): move the file away, or name another "
+            "results_dir."
+        ) from error
+    wanted = json.loads(json.dumps(wanted))
+    differing = [f"{key} was {held[key]!r} and is {wanted[key]!r}" for key in held if held[key] != wanted[key]]
+    if differing:
+        raise ValueError(
+            f"Expected the results in {path} to be of this evaluation, found another's: {'; '.join(differing)}. Name "
+            "another results_dir; the file is left as it is."
+        )
+    return found
+
+
+def describe_model(model: PreTrainedModel) -> ModelSource:
+    """A loaded base model as result files name it; its revision is the commit it was fetched at, if it was."""
+    bits = next((f"{bits}-bit" for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
+    commit = getattr(model.config, "_commit_hash", None)
+    return ModelSource(model.config.name_or_path, commit, str(model.dtype).removeprefix("torch."), bits)
+
+
+def adapter_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """16 hexadecimal digits of the SHA-256 of an adapter's tensors in float32, by their names in its file."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0")
+        digest.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,131 @@
+"""Asking all questions of a data set: in batches, by several processes, with progress, from where a kill left it."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
+
+from ..draws import permutation_prefix
+from ..processes import agree, gather, rank, world
+from .generation import Generate
+from .journal import Journal
+from .loglikelihood import Loglikelihood, scoring
+from .outcomes import Outcome, Scores, summarise
+
+logger = logging.getLogger(__name__)
+
+PROTOCOLS = ("loglikelihood", "generate")
+
+
+class EvaluationProtocol(Protocol):
+    """How a question is asked: what `Loglikelihood` and `Generate` are."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int | None) -> list: ...
+
+    def cost(self, question: Any) -> int: ...
+
+    def score(self, model: nn.Module, questions: Sequence[Any]) -> list[Outcome]: ...
+
+
+def make_protocol(name: str, num_beams: int = 4, max_new_tokens: int = 32) -> EvaluationProtocol:
+    """A protocol by its name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"Expected a protocol out of {', '.join(PROTOCOLS)}, found {name!r}: name one of them.")
+    return Loglikelihood() if name == "loglikelihood" else Generate(num_beams, max_new_tokens)
+
+
+def score_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    protocol: str | EvaluationProtocol = "loglikelihood",
+    batch_size: int = 8,
+    max_length: int | None = None,
+    journal: Journal | None = None,
+    description: str = "Scoring",
+) -> Scores:
+    """The scores of a model on rows with options, the same in every process.
+
+    Where torch.distributed is running, its processes share the questions; each must hold the same model. Which process
+    and batch a question falls into changes nothing but rounding.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped by PEFT, scored as its adapters stand.
+        dataset: rows with the texts `prompt`, `completion`, `task` and `answer`, as `load_commonsense` gives them.
+        protocol: `loglikelihood`, `generate`, or an object as `make_protocol` gives it.
+        batch_size: questions in one forward pass; it changes speed, memory and rounding only.
+        max_length: refuse rows of more tokens; None takes the length that the model's configuration states.
+        journal: keeps finished questions on disk, and gives back those of an earlier attempt.
+
+    Raises:
+        ValueError: what the protocol's `prepare` objects to, or a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"Expected a batch size of at least 1, found {batch_size}: ask for one question or more.")
+    protocol = make_protocol(protocol) if isinstance(protocol, str) else protocol
+    limit = max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    questions = protocol.prepare(tokenizer, dataset, limit)
+    done, attempt = agree(journal.read if journal else lambda: ({}, 1))
+    batches = _batches([protocol.cost(question) for question in questions], set(done), batch_size)
+    if journal:
+        journal.open(attempt, rank())
+    try:
+        with scoring(model), _Progress(len(questions), len(done), description) as progress:
+            for batch in batches[rank() :: world()]:
+                outcomes = protocol.score(model, [questions[i] for i in batch])
+                done |= dict(zip(batch, outcomes, strict=True))
+                if journal:
+                    journal.append(batch, outcomes)
+                progress.add(len(batch))
+    finally:
+        if journal:
+            journal.close()
+    done = {row: outcome for part in gather(done) for row, outcome in part.items()}
+    scores = summarise(protocol.name, [done[i] for i in range(len(questions))])
+    if scores.not_finite and rank() == 0:
+        text = "In %d of %d questions the model computed something that is not a number; they count as wrong."
+        logger.warning(text, scores.not_finite, len(questions))
+    return scores
+
+
+def _batches(costs: Sequence[int], done: set[int], batch_size: int) -> list[list[int]]:
+    """The questions left, those of like length together so that little is computed for padding.
+
+    The longest batch comes first, so that a lack of memory shows at once; the others in an order that mixes lengths,
+    so that the time of some tells the time of all.
+    """
+    order = sorted((i for i in range(len(costs)) if i not in done), key=lambda i: (-costs[i], i))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rest = permutation_prefix(len(batches) - 1, len(batches) - 1, "evaluation") if len(batches) > 1 else []
+    return batches[:1] + [batches[1 + int(i)] for i in rest]
+
+
+class _Progress:
+    """A bar of questions with their rate and the time left; the first process shows it for all."""
+
+    def __init__(self, total: int, done: int, description: str):
+        self.bar = tqdm(total=total, initial=done, desc=description, unit=" questions", disable=rank() != 0)
+        self.left = total - done
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def add(self, questions: int) -> None:
+        """Every process is about as far as this one."""
+        step = min(questions * world(), self.left)
+        self.left -= step
+        self.bar.update(step)
+
+    def __exit__(self, *reason) -> None:
+        self.bar.close()

@@ -1,0 +1,138 @@
+"""From a recipe to result files: what recipes/evaluate.py does, callable from elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import get_quantization_config
+
+from .config import FederatedSketchConfig
+from .evaluation.journal import Journal
+from .evaluation.results import (
+    AdapterSource,
+    Subject,
+    adapter_digest,
+    describe_model,
+    find_results,
+    identity,
+    make_results,
+    write_results,
+)
+from .evaluation.runner import EvaluationProtocol, make_protocol, score_rows
+from .processes import agree, rank, world
+from .recipe import ModelArguments
+from .subjects import EvaluationArguments, FoundAdapter, check_base_name, check_base_shapes, find_adapters, slug
+
+
+def evaluate(
+    arguments: EvaluationArguments, args: FederatedSketchConfig, model_args: ModelArguments, rows: Dataset
+) -> tuple[list[dict[str, Any]], Path]:
+    """Score what `arguments` name on `rows`; returns the contents of the result files, and their folder.
+
+    The base model comes first where nothing else or a whole run is named. Results that stand in the folder already are
+    read, not made again; an evaluation that was killed goes on.
+
+    Raises:
+        ValueError: there is nothing to score, an adapter does not fit the base, or the folder holds other results.
+    """
+    device = args.device  # asked for first: it also sets up the processes
+    adapters, run = agree(lambda: find_adapters(arguments.adapter))
+    for found in adapters:
+        check_base_name(found, model_args.model_name_or_path, arguments.allow_other_base)
+    folder = Path(arguments.results_dir or (run / "evaluation" if run else "outputs/evaluation"))
+    protocol = make_protocol(args.eval_protocol or "loglikelihood", args.eval_num_beams, args.eval_max_new_tokens)
+    model, tokenizer = load_base(model_args, device)
+    subjects = [None, *adapters] if run or not adapters else adapters
+    results = []
+    for found in subjects:
+        if found is not None:
+            check_base_shapes(found, model)
+        with _with_adapter(model, found) as scored:
+            subject = _subject(scored, found, model_args)
+            label = found.label if found else slug([Path(model_args.model_name_or_path).name])
+            results.append(
+                _score(subject, scored, tokenizer, protocol, rows, args, folder, f"{label}.{protocol.name}")
+            )
+    return results, folder
+
+
+def load_base(model_args: ModelArguments, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, in the precision and quantization that the recipe asks for, and its tokenizer."""
+    source = {"revision": model_args.model_revision}
+    quantization = get_quantization_config(model_args)
+    options = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device}}
+    dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=model_args.attn_implementation,
+        **source,
+        **options,
+    )
+    if quantization is None:
+        model.to(device)
+    return model.eval(), AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
+
+
+@contextmanager
+def _with_adapter(base: PreTrainedModel, found: FoundAdapter | None) -> Iterator[nn.Module]:
+    """The base with an adapter, and the base alone again afterwards."""
+    if found is None:
+        yield base
+        return
+    model = PeftModel.from_pretrained(base, str(found.folder))
+    try:
+        yield model.eval()
+    finally:
+        model.unload()
+
+
+def _subject(model: nn.Module, found: FoundAdapter | None, model_args: ModelArguments) -> Subject:
+    if found is None:
+        return Subject(Path(model_args.model_name_or_path).name, describe_model(model))
+    base = describe_model(model.get_base_model())
+    digest = adapter_digest(get_peft_model_state_dict(model))
+    return Subject(found.name, base, AdapterSource(found.source, digest, found.revision, found.round))
+
+
+def _score(
+    subject: Subject,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: EvaluationProtocol,
+    rows: Dataset,
+    args: FederatedSketchConfig,
+    folder: Path,
+    name: str,
+) -> dict[str, Any]:
+    """The results of one subject: those that stand, or new ones."""
+    wanted = identity(subject, protocol, rows)
+    standing = agree(lambda: find_results(folder, name, wanted))
+    if standing is not None:
+        return standing
+    journal, started = Journal(folder, name, wanted), time.monotonic()
+    batch_size = args.per_device_eval_batch_size
+    scores = score_rows(
+        model, tokenizer, rows, protocol, batch_size, journal=journal, description=f"Scoring {subject.name}"
+    )
+    results = make_results(
+        subject,
+        protocol,
+        rows,
+        scores,
+        seed=args.seed,
+        seconds=time.monotonic() - started,
+        processes=world(),
+        batch_size=batch_size,
+    )
+    if rank() == 0:
+        write_results(folder, name, results, scores)
+        journal.remove()
+    return results
