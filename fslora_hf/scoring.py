@@ -36,8 +36,8 @@ def evaluate(
 ) -> tuple[list[dict[str, Any]], Path]:
     """Score what `arguments` name on `rows`; returns the contents of the result files, and their folder.
 
-    The base model comes first where nothing else or a whole run is named. Results that stand in the folder already are
-    read, not made again; an evaluation that was killed goes on.
+    The base model comes first where it is asked for, or nothing else or a whole run is named. Results that stand in
+    the folder already are read, not made again; an evaluation that was killed goes on.
 
     Raises:
         ValueError: there is nothing to score, an adapter does not fit the base, or the folder holds other results.
@@ -49,7 +49,7 @@ def evaluate(
     folder = Path(arguments.results_dir or (run / "evaluation" if run else "outputs/evaluation"))
     protocol = make_protocol(args.eval_protocol or "loglikelihood", args.eval_num_beams, args.eval_max_new_tokens)
     model, tokenizer = load_base(model_args, device)
-    subjects = [None, *adapters] if run or not adapters else adapters
+    subjects = [None, *adapters] if run or arguments.with_base or not adapters else adapters
     results = []
     for found in subjects:
         if found is not None:

@@ -44,6 +44,7 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Folder of the result files. None: <run>/evaluation for a run, else outputs/evaluation."},
     )
+    with_base: bool = field(default=False, metadata={"help": "Score the base model beside a single adapter, too."})
     allow_other_base: bool = field(
         default=False, metadata={"help": "Score an adapter although it was trained on a base of another name."}
     )

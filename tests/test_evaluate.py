@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl import get_peft_config
 
-from fslora_hf import FederatedSketchConfig
+from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
+from fslora_hf.data import load_miniature
 from fslora_hf.evaluation import score_rows
 from fslora_hf.launch import build_trainer, held_out_rows
+from fslora_hf.partition import partition
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.scoring import evaluate
 from fslora_hf.subjects import EvaluationArguments, find_adapters
@@ -86,6 +90,43 @@ def test_rounds_are_scored_in_the_loop_on_the_global_adapter(run, base):
             torch.testing.assert_close(tuple(line["log_likelihoods"]), outcome.log_likelihoods, rtol=0, atol=1e-4)
 
 
+def test_scoring_in_the_loop_changes_nothing_in_training(run, base, tmp_path):
+    """Bit for bit, with dropout: no number is drawn and no state is left behind."""
+    ends = []
+    for more in ((), ("--eval_rounds", "1"), ("--eval_rounds", "1", "--eval_protocol", "generate")):
+        given = recipe(base, tmp_path / str(len(ends)), *more, "--lora_dropout", "0.3", "--eval_max_new_tokens", "2")
+        trainer = build_trainer(*parse_recipe(KINDS[:3], [*given, "--disable_tqdm", "true"]))
+        trainer.train()
+        ends.append(load_file(tmp_path / str(len(ends)) / "checkpoint-6" / "adapter_model.safetensors"))
+    for name, tensor in ends[0].items():
+        assert all(torch.equal(tensor, end[name]) for end in ends[1:])
+
+
+def test_several_evaluation_sets_are_scored_by_their_names(base, tmp_path):
+    parsed = parse_recipe(KINDS[:3], recipe(base, tmp_path / "run", "--eval_rounds", "2", "--disable_tqdm", "true"))
+    trainer = build_trainer(*parsed)
+    rows = held_out_rows(parsed[0], 42)
+    sets = {"few": rows.select(range(6)), "plain": rows.remove_columns(["task", "answer"])}
+    again = type(trainer)(
+        trainer.model.unload(),
+        parsed[1],
+        train_dataset=partition(load_miniature("train", ["boolq"]), "iid", 3, seed=0),
+        eval_dataset=sets,
+        processing_class=tokenizer(),
+        peft_config=get_peft_config(parsed[2]),
+    )
+    again.train()
+    (logged,) = [row for row in again.state.log_history if "eval_few_accuracy" in row]
+    assert "eval_few_loss" in logged and not [key for key in logged if key.startswith("eval_plain_acc")]
+    assert [path.name for path in (tmp_path / "run" / "eval_rounds").glob("*.json")] == [
+        "round-0002.few.loglikelihood.results.json"
+    ]
+    # Rows that are handed in are measured by their loss alone, and after training no file is written.
+    assert "eval_accuracy" not in again.evaluate(again.eval_dataset["few"])
+    assert "eval_few_accuracy" in again.evaluate()
+    assert len(list((tmp_path / "run" / "eval_rounds").iterdir())) == 2
+
+
 def test_a_whole_run_and_again_without_asking_anything_twice(run, base, monkeypatch):
     results, folder = results_of(base, run, "--adapter", str(run))
     assert folder == run / "evaluation"
@@ -112,6 +153,8 @@ def test_base_adapter_and_checkpoint(run, base, tmp_path):
     (one,), folder = results_of(base, run, *checkpoint, "--results_dir", str(tmp_path / "one"))
     assert one["scores"] == whole[1]["scores"] and one["adapter"]["round"] == 1
     assert (folder / "mine-checkpoint-3.loglikelihood.results.json").is_file()
+    both, _ = results_of(base, run, *checkpoint, "--with_base", "true", "--results_dir", str(tmp_path / "both"))
+    assert [result["scores"] for result in both] == [alone["scores"], one["scores"]]
     text = ("--eval_protocol", "generate", "--eval_num_beams", "2", "--eval_max_new_tokens", "3")
     (text,), _ = results_of(base, run, *checkpoint, *text, "--results_dir", str(tmp_path))
     assert text["settings"] == {"num_beams": 2, "max_new_tokens": 3} and text["protocol"] == "generate"
@@ -156,6 +199,17 @@ def test_a_round_of_a_hub_repository(run, base, hub, on_client, tmp_path):
     for name in ("ann/adapter@round-0009", "ann/nothing"):
         complaint = on_client(_complaint, [base, name, str(tmp_path / "c")], str(run))
         assert complaint.startswith(f"Expected the adapter {name} on the Hub, found none that can be fetched (")
+
+
+def test_a_protocol_needs_rows_with_options(base, tmp_path):
+    recipe_arguments, args, model_args = parse_recipe(KINDS[:3], recipe(base, tmp_path, "--eval_protocol", "generate"))
+    rows = held_out_rows(recipe_arguments, 42).remove_columns("answer")
+    with pytest.raises(
+        ValueError, match="Expected eval_dataset to have the columns prompt, completion, task, answer "
+    ):
+        FederatedSketchTrainer("unused", args, train_dataset=rows, eval_dataset=rows)
+    with pytest.raises(ValueError, match="Expected eval_protocol to be one of loglikelihood, generate, loss, found"):
+        FederatedSketchConfig(output_dir=str(tmp_path), eval_protocol="loglikelyhood")
 
 
 def test_what_cannot_be_scored_is_told(run, base, tmp_path):

@@ -9,9 +9,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fslora_hf.adapter import ClientStack, global_pair, lora_layers
 from fslora_hf.config import FederatedSketchConfig
+from fslora_hf.data import load_miniature
+from fslora_hf.evaluation import score_rows
+from fslora_hf.evaluation.results import describe_model
 from fslora_hf.methods import ClientAdapter
+from fslora_hf.recipe import ModelArguments
+from fslora_hf.scoring import load_base
 from fslora_hf.trainer import FederatedSketchTrainer
 from tests import reference, tiny
+from tests.test_loglikelihood import fitted, tokenizer
 from tests.worker_train import QUIET, SMALL, ledger
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="Expected bitsandbytes, found no such package.")
@@ -116,3 +122,22 @@ def test_a_run_leaves_an_adapter_for_the_unquantized_base(saved_base, tmp_path, 
     ids = torch.tensor([[3, 9, 5, 4]])
     with torch.no_grad():
         assert not torch.equal(loaded(input_ids=ids).logits, loaded.unload()(input_ids=ids).logits)
+
+
+def test_a_4_bit_base_is_scored_with_its_adapter(tmp_path):
+    """Loaded as recipes/evaluate.py loads it; in batches as one by one, and not as without the adapter."""
+    fitted(tiny.base_model(torch.float32)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    given = ModelArguments(str(tmp_path), load_in_4bit=True, bnb_4bit_quant_type="nf4", dtype="float32")
+    base, words = load_base(given, torch.device("cpu"))
+    rows = load_miniature("test", ["boolq", "piqa"], rows_per_task=12)
+    plain = score_rows(base, words, rows)
+    model = get_peft_model(base, tiny.lora_config(zero_b=False))
+    one, many = (score_rows(model, words, rows, batch_size=size) for size in (1, 7))
+    assert describe_model(model.get_base_model()).quantization == "4-bit"
+    for a, b, c in zip(one.outcomes, many.outcomes, plain.outcomes, strict=True):
+        torch.testing.assert_close(a.log_likelihoods, b.log_likelihoods, rtol=0, atol=1e-4)
+        assert a.log_likelihoods != c.log_likelihoods
+    assert len(score_rows(model, words, rows.select(range(3)), "generate").outcomes) == 3
+    model.train()
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()  # training goes on
