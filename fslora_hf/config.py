@@ -10,11 +10,12 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
+from .evaluation.results import PROTOCOLS
 from .settings import SettingsError, default_of, did_you_mean, field_problems, is_a, sentence
 
 METHODS = ("fslora", "fedit")
 RANK_DISTRIBUTIONS = ("homogeneous", "uniform", "normal", "heavy_tail_low")
-EVAL_PROTOCOLS = ("loglikelihood", "generate", "loss")
+EVAL_PROTOCOLS = (*PROTOCOLS, "loss")
 SERVER_OPTIMIZERS = ("sgd", "sgd_momentum", "adam", "adamw")
 
 # Clients of a block lie side by side in one stacked tensor, so a local optimizer must treat each number for itself.

@@ -1,43 +1,72 @@
 """Scores of the global adapter at round ends: metrics for the log, and result files of the run."""
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from peft import get_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from .config import FederatedSketchConfig
 from .data.commonsense import COLUMNS
+from .data.prompts import options
 from .evaluation.outcomes import Scores
-from .evaluation.results import AdapterSource, Subject, adapter_digest, describe_model, make_results, write_results
-from .evaluation.runner import make_protocol, score_rows
+from .evaluation.results import (
+    IN_LOOP,
+    AdapterSource,
+    Subject,
+    adapter_digest,
+    describe_model,
+    make_results,
+    slug,
+    write_results,
+)
+from .evaluation.runner import longest_row, make_protocol, score_rows
+from .processes import agree
 
 if TYPE_CHECKING:
     from .trainer import FederatedSketchTrainer
 
-FOLDER = "eval_rounds"
+logger = logging.getLogger(__name__)
 
 
 class RoundScorer:
     """Asks the evaluation rows that have options, by `eval_protocol`.
 
     `rows` holds them by the name of their evaluation set, "" for a single one; sets without options are not in it.
+
+    Raises:
+        ValueError: rows that shall be asked cannot be; told here, before training.
     """
 
-    def __init__(self, args: FederatedSketchConfig, eval_dataset: Dataset | dict[str, Dataset] | None):
+    def __init__(
+        self,
+        args: FederatedSketchConfig,
+        eval_dataset: Dataset | dict[str, Dataset] | None,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+    ):
         sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        asks = args.eval_protocol != "loss"
+        asked = args.eval_protocol or "loglikelihood"
         self.rows = {
             name: rows
             for name, rows in sets.items()
-            if asks and rows is not None and set(COLUMNS) <= set(rows.column_names) and len(rows)
+            if asked != "loss" and rows is not None and (args.eval_protocol or _have_options(rows))
         }
-        self.protocol = (
-            make_protocol(args.eval_protocol or "loglikelihood", args.eval_num_beams, args.eval_max_new_tokens)
-            if asks
-            else None
-        )
+        labels = [slug([name]) for name in self.rows]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"Expected evaluation sets whose names differ in letters and digits, found {', '.join(self.rows)}: "
+                "their result files would have the same names; rename one."
+            )
+        self.protocol = self.questions = None
+        if self.rows:
+            self.protocol = make_protocol(asked, args.eval_num_beams, args.eval_max_new_tokens)
+            limit = longest_row(model)
+            self.questions = {name: self.protocol.prepare(tokenizer, rows, limit) for name, rows in self.rows.items()}
 
     def score(self, trainer: "FederatedSketchTrainer", name: str, prefix: str) -> dict[str, float]:
         """Metrics of the set `name`, their keys beginning with `prefix`; while a run is on, its files are written."""
@@ -48,9 +77,10 @@ class RoundScorer:
             rows,
             self.protocol,
             batch_size=args.per_device_eval_batch_size,
+            questions=self.questions[name],
             description="Scoring" + (f" {name}" if name else ""),
         )
-        if trainer.in_run and trainer.is_world_process_zero():
+        if trainer.in_run:
             results = make_results(
                 _subject(trainer),
                 self.protocol,
@@ -61,16 +91,29 @@ class RoundScorer:
                 processes=args.world_size,
                 batch_size=args.per_device_eval_batch_size,
             )
-            label = f"round-{trainer.rounds_done:04d}" + (f".{name}" if name else "")
-            write_results(Path(args.output_dir) / FOLDER, f"{label}.{self.protocol.name}", results, scores)
+            label = f"round-{trainer.rounds_done:04d}" + (f".{slug([name])}" if name else "")
+            folder = Path(args.output_dir) / IN_LOOP
+            agree(lambda: write_results(folder, f"{label}.{self.protocol.name}", results, scores))
         return _metrics(scores, prefix)
 
 
+def _have_options(rows: Dataset) -> bool:
+    """Whether every row names its options, so that it can be asked and not only measured by its loss."""
+    texts = [getattr(rows.features.get(column), "dtype", None) == "string" for column in COLUMNS]
+    if not all(texts) or not len(rows):
+        return False
+    try:
+        return all(options({"prompt": prompt}) for prompt in rows["prompt"])
+    except ValueError as error:
+        logger.info("Evaluation rows are measured by their loss alone, since they do not all name options. %s", error)
+        return False
+
+
 def _subject(trainer: "FederatedSketchTrainer") -> Subject:
-    run, done = Path(trainer.args.output_dir).name, trainer.rounds_done
-    digest = adapter_digest(get_peft_model_state_dict(trainer.model, adapter_name="default"))
-    model = describe_model(trainer.model.get_base_model())
-    return Subject(f"{run}, round {done}", model, AdapterSource(trainer.args.output_dir, digest, round=done))
+    folder, done = trainer.args.output_dir, trainer.rounds_done
+    tensors = get_peft_model_state_dict(trainer.model, adapter_name="default", save_embedding_layers=False)
+    adapter = AdapterSource(folder, adapter_digest(tensors), round=done)
+    return Subject(f"{Path(folder).name}, round {done}", describe_model(trainer.model.get_base_model()), adapter)
 
 
 def _metrics(scores: Scores, prefix: str) -> dict[str, float]:

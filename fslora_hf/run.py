@@ -21,6 +21,7 @@ from .checkpoint import (
 )
 from .clients import client_ranks
 from .config import FederatedSketchConfig
+from .evaluation.results import IN_LOOP, set_aside_later
 from .ledger import LEDGER_NAME, keep_rounds
 from .rows import digest_rows
 
@@ -107,6 +108,7 @@ def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> 
         _refuse_occupied(output_dir)
     else:
         move_aside_later(output_dir, state["round"])
+        set_aside_later(output_dir / IN_LOOP, state["round"])
     _begin(trainer, output_dir)
     held = keep_rounds(output_dir / LEDGER_NAME, state["round"], folder.parent / LEDGER_NAME if elsewhere else None)
     if held < state["round"]:
@@ -147,13 +149,14 @@ def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
     _refuse_other_run(output_dir, json.loads(path.read_text(encoding="utf-8")), identity(trainer))
     logger.warning("No finished checkpoint in %s; the run begins again at its first round.", output_dir)
     keep_rounds(output_dir / LEDGER_NAME, 0)
+    set_aside_later(output_dir / IN_LOOP, 0)
 
 
 def _refuse_occupied(output_dir: Path) -> None:
     """Only a resumed run may write where a run has written."""
     ledger = output_dir / LEDGER_NAME
     found = [LEDGER_NAME] if ledger.exists() and ledger.stat().st_size else []
-    found += sorted(path.name for path in output_dir.glob("checkpoint-*"))
+    found += sorted(path.name for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob(IN_LOOP)])
     if found:
         raise ValueError(
             f"Expected an output_dir without a run, found {', '.join(found[:3])} in {output_dir}: resume that run "

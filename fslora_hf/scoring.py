@@ -1,5 +1,6 @@
 """From a recipe to result files: what recipes/evaluate.py does, callable from elsewhere."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,16 @@ from .evaluation.results import (
     find_results,
     identity,
     make_results,
+    slug,
+    versions,
     write_results,
 )
 from .evaluation.runner import EvaluationProtocol, make_protocol, score_rows
-from .processes import agree, rank, world
+from .processes import agree, world
 from .recipe import ModelArguments
-from .subjects import EvaluationArguments, FoundAdapter, check_base_name, check_base_shapes, find_adapters, slug
+from .subjects import EvaluationArguments, FoundAdapter, check_base_name, check_base_shapes, find_adapters
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -47,13 +52,15 @@ def evaluate(
     for found in adapters:
         check_base_name(found, model_args.model_name_or_path, arguments.allow_other_base)
     folder = Path(arguments.results_dir or (run / "evaluation" if run else "outputs/evaluation"))
-    protocol = make_protocol(args.eval_protocol or "loglikelihood", args.eval_num_beams, args.eval_max_new_tokens)
+    # A recipe that measures the loss alone in training can be scored all the same.
+    asked = "loglikelihood" if args.eval_protocol in (None, "loss") else args.eval_protocol
+    protocol = make_protocol(asked, args.eval_num_beams, args.eval_max_new_tokens)
     model, tokenizer = load_base(model_args, device)
+    for found in adapters:
+        check_base_shapes(found, model)
     subjects = [None, *adapters] if run or arguments.with_base or not adapters else adapters
     results = []
     for found in subjects:
-        if found is not None:
-            check_base_shapes(found, model)
         with _with_adapter(model, found) as scored:
             subject = _subject(scored, found, model_args)
             label = found.label if found else slug([Path(model_args.model_name_or_path).name])
@@ -98,7 +105,7 @@ def _subject(model: nn.Module, found: FoundAdapter | None, model_args: ModelArgu
     if found is None:
         return Subject(Path(model_args.model_name_or_path).name, describe_model(model))
     base = describe_model(model.get_base_model())
-    digest = adapter_digest(get_peft_model_state_dict(model))
+    digest = adapter_digest(get_peft_model_state_dict(model, save_embedding_layers=False))
     return Subject(found.name, base, AdapterSource(found.source, digest, found.revision, found.round))
 
 
@@ -114,10 +121,10 @@ def _score(
 ) -> dict[str, Any]:
     """The results of one subject: those that stand, or new ones."""
     wanted = identity(subject, protocol, rows)
-    standing = agree(lambda: find_results(folder, name, wanted))
+    journal, started = Journal(folder, name, wanted | {"versions": versions()}), time.monotonic()
+    standing = agree(lambda: _standing(folder, name, wanted, journal))
     if standing is not None:
         return standing
-    journal, started = Journal(folder, name, wanted), time.monotonic()
     batch_size = args.per_device_eval_batch_size
     scores = score_rows(
         model, tokenizer, rows, protocol, batch_size, journal=journal, description=f"Scoring {subject.name}"
@@ -132,7 +139,13 @@ def _score(
         processes=world(),
         batch_size=batch_size,
     )
-    if rank() == 0:
-        write_results(folder, name, results, scores)
-        journal.remove()
+    agree(lambda: (write_results(folder, name, results, scores), journal.remove()))
     return results
+
+
+def _standing(folder: Path, name: str, wanted: dict[str, Any], journal: Journal) -> dict[str, Any] | None:
+    found = find_results(folder, name, wanted)
+    if found is not None:
+        logger.info("Read from %s, not made again.", folder / name)
+        journal.remove()  # of an attempt that was killed right after it wrote its results
+    return found

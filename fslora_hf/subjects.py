@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,11 +12,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .adapter import PEFT_PREFIX
 from .checkpoint import STATE_NAME, read_state
+from .evaluation.results import slug
 from .ledger import LEDGER_NAME
 from .settings import SettingsError, field_problems, sentence
 
@@ -145,17 +145,18 @@ def _of_repository(repository: str, revision: str | None) -> FoundAdapter:
     return FoundAdapter(found.label, repository, folder, revision=folder.name, round=found.round)
 
 
-def slug(parts: Sequence[str]) -> str:
-    """A file name out of some words."""
-    return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-.")
-
-
 def check_base_name(found: FoundAdapter, model_name: str, allow_other_base: bool) -> None:
     """Raises ValueError if the adapter was trained on a base of another name: a base of the same shape would load.
 
     The last parts of both names are compared, so that a local copy of a Hub model counts as that model.
     """
-    trained_on = json.loads((found.folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    path = found.folder / ADAPTER_CONFIG
+    try:
+        trained_on = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"Expected an adapter's settings in {path}, found damage ({error}): fetch it again."
+        ) from error
     last = [re.split(r"[/\\]", str(name).rstrip("/\\"))[-1].lower() for name in (trained_on, model_name)]
     if trained_on and last[0] != last[1] and not allow_other_base:
         raise ValueError(
@@ -167,16 +168,24 @@ def check_base_name(found: FoundAdapter, model_name: str, allow_other_base: bool
 def check_base_shapes(found: FoundAdapter, base: nn.Module) -> None:
     """Raises ValueError if a tensor of the adapter has no layer of its shape in the base."""
     modules = dict(base.named_modules())
-    with safe_open(found.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    path = found.folder / ADAPTER_WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"Expected an adapter in {path}, found damage ({error}): fetch or train it again.") from error
     for name, shape in shapes.items():
         module, _, side = name.removeprefix(PEFT_PREFIX).partition(".lora_")
-        layer = modules.get(module)
-        wants = shape[1] if side.startswith("A") else shape[0]
-        has = getattr(layer, "in_features" if side.startswith("A") else "out_features", None)
-        if side and has != wants:
+        if side[:1] not in ("A", "B"):  # another kind of tensor; PEFT tells if it does not fit
+            continue
+        layer, into = modules.get(module), side.startswith("A")
+        wants = shape[1] if into else shape[0]
+        # transformers' Conv1D, as in GPT-2, calls its inputs and outputs nx and nf.
+        names = ("in_features", "nx") if into else ("out_features", "nf")
+        has = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+        if layer is None or (has is not None and has != wants):
             what = "no such layer" if layer is None else f"a layer with {has}"
             raise ValueError(
-                f"Expected a base with {wants} {'inputs' if side.startswith('A') else 'outputs'} in {module}, as the "
+                f"Expected a base with {wants} {'inputs' if into else 'outputs'} in {module}, as the "
                 f"adapter {found.source} has it, found {what}: name the base that the adapter was trained on."
             )

@@ -153,7 +153,7 @@ class FederatedSketchTrainer(SFTTrainer):
         self._plan_rounds(ClientIndex.from_column(prepared_ids), lora.r)
         self._engine: RoundEngine | None = None
         self._token_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
-        self._scorer, self._asked = RoundScorer(args, eval_dataset), None
+        self._scorer, self._asked = RoundScorer(args, eval_dataset, self.model, self.processing_class), None
         self.rounds_done = 0
 
     def _bind_callbacks(self) -> None:

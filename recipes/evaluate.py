@@ -10,7 +10,7 @@ instead of scoring options; `--help` lists all settings. Started again after a k
 import sys
 
 from fslora_hf import FederatedSketchConfig
-from fslora_hf.evaluation.report import plot_accuracy, results_table
+from fslora_hf.evaluation.report import plot_accuracy, results_table, round_number
 from fslora_hf.launch import held_out_rows
 from fslora_hf.processes import rank
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
@@ -32,12 +32,15 @@ def main() -> None:
             sys.exit(f"Expected held-out rows in {recipe.dataset}, found none: name a data set with a split test.")
         results, folder = evaluate(arguments, args, model_args, rows)
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(str(error) if rank() == 0 else 1)
     if rank() > 0:
         return
-    print(f"\n{results_table(results)}\n\nResult files: {folder}")
-    if len(results) > 2:
-        print(f"Accuracy by round: {plot_accuracy(results, folder)}")
+    table = results_table(results)
+    print(f"\n{table}\n\nResult files: {folder}")
+    if any(round_number(result) for result in results) and len(results) > 1:
+        figure = plot_accuracy(results, folder)
+        figure.with_suffix(".md").write_text(f"{table}\n", encoding="utf-8")
+        print(f"Accuracy by round, as a table and a figure: {figure.with_suffix('.md')}, {figure.name}")
 
 
 if __name__ == "__main__":

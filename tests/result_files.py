@@ -42,6 +42,8 @@ def evaluation(folder, file, marks, *, norm=None, ids=None, with_outcomes=True, 
         "seed": 0,
         "scores": scores,
         "versions": {"torch": "2.13"},
+        "not_finite": 0,
+        "tied": 0,
         "time": "2026-11-22T18:40:00+00:00",
         "outcomes": f"{file}.outcomes.jsonl",
     }

@@ -40,7 +40,7 @@ def test_an_evaluation_of_the_project_is_read(tmp_path):
         name, settings = "loglikelihood", {}
 
     scores = summarise("loglikelihood", outcomes)
-    subject = Subject("a model", ModelSource("tiny"))
+    subject = Subject("a model", ModelSource("tiny", "0123456789abcdef"))
     results = make_results(subject, LogLikelihood, rows, scores, seed=0, seconds=1.0, processes=1, batch_size=4)
     write_results(tmp_path, "base.loglikelihood", results, scores)
     (entry,) = read_results([tmp_path])

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -88,6 +90,37 @@ def test_rounds_are_scored_in_the_loop_on_the_global_adapter(run, base):
         lines = (run / "eval_rounds" / found["outcomes"]).read_text().splitlines()
         for line, outcome in zip(map(json.loads, lines), scores.outcomes, strict=True):
             torch.testing.assert_close(tuple(line["log_likelihoods"]), outcome.log_likelihoods, rtol=0, atol=1e-4)
+
+
+def random_states() -> list:
+    return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
+
+
+def test_scoring_draws_no_random_number(base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    rows = held_out_rows(RecipeArguments(tasks=["boolq"], eval_rows_per_task=12, num_clients=3), 42)
+    for protocol in ("loglikelihood", "generate"):
+        before = random_states()
+        score_rows(model, tokenizer(), rows, protocol)
+        assert random_states() == before
+
+
+def test_scores_do_not_depend_on_the_precision_of_training(base, tmp_path):
+    """With bf16, accelerate leaves a model that computes under autocast; in the loop and after it scores are those of
+    the model's own precision, which result files state."""
+    given = recipe(base, tmp_path / "run", "--eval_rounds", "2", "--disable_tqdm", "true")
+    given[given.index("--bf16") + 1] = "true"
+    trainer = build_trainer(*parse_recipe(KINDS[:3], given))
+    trainer.train()
+    assert "_original_forward" in vars(trainer.model)  # what this test is about
+    rows = trainer._scorer.rows[""]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "checkpoint-6")
+    fresh = [outcome.log_likelihoods for outcome in score_rows(model, tokenizer(), rows).outcomes]
+    after = [outcome.log_likelihoods for outcome in score_rows(trainer.model, tokenizer(), rows).outcomes]
+    lines = (tmp_path / "run" / "eval_rounds" / "round-0002.loglikelihood.outcomes.jsonl").read_text().splitlines()
+    in_loop = [tuple(json.loads(line)["log_likelihoods"]) for line in lines]
+    torch.testing.assert_close(torch.tensor(after), torch.tensor(fresh), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(in_loop), torch.tensor(fresh), rtol=0, atol=1e-4)
 
 
 def test_scoring_in_the_loop_changes_nothing_in_training(run, base, tmp_path):
@@ -199,6 +232,56 @@ def test_a_round_of_a_hub_repository(run, base, hub, on_client, tmp_path):
     for name in ("ann/adapter@round-0009", "ann/nothing"):
         complaint = on_client(_complaint, [base, name, str(tmp_path / "c")], str(run))
         assert complaint.startswith(f"Expected the adapter {name} on the Hub, found none that can be fetched (")
+
+
+def test_rows_that_cannot_be_asked_are_told_before_training(base, tmp_path):
+    parsed = parse_recipe(KINDS[:3], recipe(base, tmp_path, "--disable_tqdm", "true"))
+    rows = partition(held_out_rows(parsed[0], 42), "iid", 3, seed=0)
+    plain = rows.map(lambda row: {"prompt": row["prompt"].replace("Answer format", "Answers")})
+    model = AutoModelForCausalLM.from_pretrained(base)
+    shared = {"train_dataset": rows, "processing_class": tokenizer(), "peft_config": get_peft_config(parsed[2])}
+
+    def build(eval_dataset, **fields):
+        args = replace(parsed[1], output_dir=str(tmp_path), **fields)
+        return FederatedSketchTrainer(model, args, eval_dataset=eval_dataset, **shared)
+
+    assert build(plain)._scorer.rows == {}  # measured by their loss alone
+    with pytest.raises(ValueError, match=r"^Row 0 \(from 0\) cannot be asked. Expected an instruction that ends in"):
+        build(plain, eval_protocol="generate")
+    model.config.max_position_embeddings = 64
+    with pytest.raises(ValueError, match="^Expected rows of at most 64 tokens, found"):
+        build(rows)
+    model.config.max_position_embeddings = 512
+    with pytest.raises(ValueError, match="^Expected evaluation sets whose names differ in letters and digits, found"):
+        build({"a/b": rows, "a b": rows})
+
+
+@pytest.mark.slow
+def test_rounds_are_scored_in_the_loop_of_two_processes(run, base, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "recipes/train.py"), *recipe(base, tmp_path / "mine", "--eval_rounds", "1")]
+    done = started(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("round-0001.loglikelihood.results.json", "round-0002.loglikelihood.results.json"):
+        one, two = (json.loads((folder / "eval_rounds" / name).read_text()) for folder in (run, tmp_path / "mine"))
+        assert one["scores"] == two["scores"] and (one["processes"], two["processes"]) == (1, 2)
+        assert one["model"]["digest"] == two["model"]["digest"]
+
+
+def test_results_of_rounds_that_are_trained_again_are_set_aside(base, tmp_path):
+    given = recipe(base, tmp_path / "run", "--eval_rounds", "1", "--disable_tqdm", "true")
+    build_trainer(*parse_recipe(KINDS[:3], given)).train()
+    shorter = build_trainer(*parse_recipe(KINDS[:3], [*given, "--num_rounds", "1"]))
+    with pytest.raises(ValueError, match="^Expected an output_dir without a run, found rounds.jsonl, checkpoint-3"):
+        shorter.train()
+    again = build_trainer(*parse_recipe(KINDS[:3], given))
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    folder = tmp_path / "run" / "eval_rounds"
+    assert (folder / "round-0002.loglikelihood.results.json.superseded").is_file()
+    assert (folder / "round-0002.loglikelihood.outcomes.jsonl.superseded").is_file()
+    assert sorted(path.name for path in folder.glob("*.results.json")) == [
+        f"round-000{n}.loglikelihood.results.json" for n in (1, 2)
+    ]
 
 
 def test_a_protocol_needs_rows_with_options(base, tmp_path):

@@ -96,6 +96,22 @@ def test_tasks_of_ones_own(model, monkeypatch):
     assert scores.tasks["mine"].accuracy == 0.5
 
 
+def test_of_ones_own_task_any_questions_option_is_an_answer(model, monkeypatch):
+    """As in the benchmark, where a task has its answers; the outcomes and the metric judge alike."""
+    rows = [
+        {
+            "prompt": f"Which?\n\nAnswer format: {options}\n\n### Response:",
+            "completion": f" {answer}",
+            "answer": answer,
+        }
+        for options, answer in (("cat/cow", "cat"), ("dog/pig", "dog"))
+    ]
+    write(monkeypatch, model, ["dog, or rather cat", "dog"])
+    scores = score_rows(model, tokenizer(), Dataset.from_list([row | {"task": "mine"} for row in rows]), "generate")
+    assert [outcome.choice for outcome in scores.outcomes] == ["dog", "dog"]
+    assert scores.tasks["mine"].accuracy == 0.5 == sum(outcome.correct for outcome in scores.outcomes) / 2
+
+
 def test_a_models_own_settings_of_generation_do_not_count(rows):
     plain, own = fitted(tiny.base_model()), fitted(tiny.base_model())
     own.generation_config.repetition_penalty, own.generation_config.no_repeat_ngram_size = 5.0, 1

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "fslora_hf"
 ROWS = [
     {"draws", "settings", "ledger", "processes"},
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
-    {"partition", "plan", "methods"},
-    {"config", "updates", "adapter", "server", "head", "layout", "evaluation"},
+    {"partition", "plan", "methods", "evaluation"},
+    {"config", "updates", "adapter", "server", "head", "layout"},
     {"loader", "engine", "checks", "recipe"},
     {"run", "callbacks", "round_scores", "subjects"},
     {"trainer", "hub"},

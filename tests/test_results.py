@@ -28,7 +28,7 @@ from fslora_hf.evaluation.results import (
 )
 from tests import tiny
 
-MODEL = ModelSource("org/base", dtype="float32")
+MODEL = ModelSource("org/base", "fedcba9876543210", dtype="float32")
 ADAPTER = AdapterSource("outputs/run/checkpoint-8", "0123456789abcdef", round=2)
 
 
@@ -98,7 +98,8 @@ def test_result_files_hold_what_the_scores_depend_on(rows, scores, tmp_path):
     ]
     found = json.loads(path.read_text())
     assert found["format"] == 1 and found["name"] == "run, round 2" and found["seed"] == 7
-    assert found["model"] == {"name": "org/base", "revision": None, "dtype": "float32", "quantization": None}
+    named = {"name": "org/base", "digest": MODEL.digest, "revision": None, "dtype": "float32", "quantization": None}
+    assert found["model"] == named
     assert found["adapter"]["digest"] == ADAPTER.digest and found["adapter"]["round"] == 2
     assert found["prompt_hash"] == prompt_hash([]) and found["rows_hash"] == rows_hash(rows)
     assert found["scores"] == scores.table() and found["not_finite"] == 1
@@ -115,13 +116,16 @@ def test_standing_results_are_found_and_those_of_another_evaluation_refused(rows
     assert find_results(tmp_path, "x", wanted) is None
     path = write_results(tmp_path, "x", make(rows, scores, subject, protocol), scores)
     assert find_results(tmp_path, "x", wanted) == json.loads(path.read_text())
-    renamed = identity(Subject("another name", MODEL, ADAPTER), protocol, rows)
+    moved = ModelSource("elsewhere/base", MODEL.digest, dtype="float32")
+    renamed = identity(Subject("another name", moved, ADAPTER), protocol, rows)
     assert find_results(tmp_path, "x", renamed) is not None
     others = {
         "rows_hash": identity(subject, protocol, rows.select([1, 0])),
         "settings": identity(subject, Generate(num_beams=1), rows),
         "adapter": identity(Subject("a name", MODEL, None), protocol, rows),
-        "model": identity(Subject("a name", ModelSource("org/base", dtype="bfloat16"), ADAPTER), protocol, rows),
+        "model": identity(
+            Subject("a name", ModelSource("org/base", MODEL.digest, dtype="bfloat16"), ADAPTER), protocol, rows
+        ),
     }
     for key, other in others.items():
         with pytest.raises(ValueError, match=rf"^Expected the results in .* of this evaluation, found .*: {key} was"):
@@ -137,7 +141,7 @@ def test_hashes_follow_what_they_stand_for(rows):
     assert rows_hash(rows) != rows_hash(rows.select(range(len(rows) - 1, -1, -1)))
     assert rows_hash(rows) != rows_hash(rows.map(lambda row, i: {"answer": "x"} if i == 3 else row, with_indices=True))
     assert prompt_hash(rows["prompt"]) == prompt_hash(["### Instruction:\nanything\n\n### Response:"])
-    assert prompt_hash(["Question: anything\nAnswer:"]) not in (prompt_hash([]), prompt_hash(["another"]))
+    assert prompt_hash(["Question: anything\nAnswer:"]) == prompt_hash(["another"]) != prompt_hash([])
     assert "{instruction}" in PROMPT_TEMPLATE
 
 
@@ -149,18 +153,24 @@ def test_an_adapters_digest_is_the_same_in_memory_and_on_disk(tmp_path):
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).view(-1)[0] += 1e-6
     assert adapter_digest(get_peft_model_state_dict(model)) != here
-    assert describe_model(model.get_base_model()).dtype == "float32"
+    described = describe_model(model.get_base_model())
+    assert described == describe_model(tiny.base_model(torch.float32)) and described.dtype == "float32"
+    with torch.no_grad():
+        for parameter in model.get_base_model().parameters():
+            parameter.mul_(1.001)
+    assert describe_model(model.get_base_model()).digest != described.digest
 
 
 def test_table_and_figure(rows, scores, tmp_path):
     base = make(rows, scores, Subject("base", MODEL))
     later = [make(rows, scores, Subject(f"round {n}", MODEL, AdapterSource("x", "0", round=n))) for n in (1, 2)]
-    lines = results_table([base, *later]).splitlines()
+    lines = results_table([base, *later]).split("\n\n")[0].splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         "base", "round 1", "round 2", "most common answer", "questions",
     ]  # fmt: skip
     assert "75.0 ± 21.7" in lines[2] and "62.5" in lines[2] and len({line.count("|") for line in lines}) == 1
     assert "average per character" in lines[0]
+    assert "base: in 1 questions the model computed something that is not a number" in results_table([base])
     text = summarise("generate", [Outcome("0", "boolq", "true", ("true", "false"), "true", text="true")])
     alone = results_table([make(rows, text, protocol=Generate())])
     assert "average per character" not in alone and "100.0 ± 0.0" in alone and "usable answers" in alone

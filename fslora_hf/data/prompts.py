@@ -8,7 +8,7 @@ feed would not do, because several vocabularies hold the colon and the line feed
 import hashlib
 from collections.abc import Iterable, Mapping
 
-from .templates import ANSWER_FORMAT
+from .templates import ANSWER_FORMAT, TEMPLATES
 
 RESPONSE_MARK = "### Response:"
 PROMPT_TEMPLATE = "### Instruction:\n{instruction}\n\n" + RESPONSE_MARK
@@ -28,12 +28,13 @@ def render_completion(answer_output: str) -> str:
 def prompt_hash(prompts: Iterable[str]) -> str:
     """16 hexadecimal digits that stand for how these prompts word a question.
 
-    All prompts of this renderer share one; those of other rows have a hash of their own texts.
+    All prompts of this renderer share one, with the wording of the benchmark's tasks in it; rows with a prompt of
+    another form share another.
     """
     before, after = PROMPT_TEMPLATE.split("{instruction}")
-    foreign = [prompt for prompt in prompts if not (prompt.startswith(before) and prompt.endswith(after))]
-    text = "\0".join([PROMPT_TEMPLATE, COMPLETION_TEMPLATE, *foreign])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    foreign = any(not (prompt.startswith(before) and prompt.endswith(after)) for prompt in prompts)
+    words = [PROMPT_TEMPLATE, COMPLETION_TEMPLATE, ANSWER_FORMAT, repr(TEMPLATES), "foreign" if foreign else ""]
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 
 def options(row: Mapping[str, str]) -> list[str]:

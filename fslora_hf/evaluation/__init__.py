@@ -3,7 +3,8 @@
 from .generation import Generate
 from .loglikelihood import Loglikelihood, Losses, held_out_loss
 from .outcomes import Outcome, Scores, TaskScore
-from .runner import PROTOCOLS, make_protocol, score_rows
+from .results import PROTOCOLS
+from .runner import make_protocol, score_rows
 
 __all__ = [
     "PROTOCOLS",

@@ -22,8 +22,22 @@ def checked_rows(dataset: Dataset, *columns: str) -> list[dict]:
             f"Expected a dataset with rows and the columns {', '.join(columns)}, found {len(dataset)} rows and the "
             f"columns {', '.join(dataset.column_names)}: load one with load_commonsense or load_miniature."
         )
+    for column in columns:
+        if getattr(dataset.features[column], "dtype", None) != "string":
+            raise ValueError(
+                f"Expected texts in the column {column}, found {dataset.features[column]}: render the rows first, for "
+                "instance with fslora_hf.data.render_prompt."
+            )
     rows = list(dataset)
-    for number, row in enumerate(rows if "answer" in columns else ()):
+    for number, row in enumerate(rows):
+        empty = [column for column in columns if row[column] is None]
+        if empty:
+            raise ValueError(
+                f"Expected a text in {', '.join(empty)} of row {number} (from 0), found none: fill it in or remove "
+                "the row."
+            )
+        if "answer" not in columns:
+            continue
         try:
             allowed = options(row)
         except ValueError as error:

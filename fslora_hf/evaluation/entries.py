@@ -13,9 +13,8 @@ from types import NoneType
 from typing import Any
 
 from ..settings import did_you_mean, is_a, sentence
-from .results import FORMAT, RESULTS
+from .results import FORMAT, PROTOCOLS, RESULTS
 
-PROTOCOLS = ("loglikelihood", "generate")
 METRICS = ("accuracy", "accuracy_norm", "format_validity")
 AVERAGE = "average"  # stands in place of a task in the scores
 
@@ -31,6 +30,8 @@ _FIELDS = {
     "scores": (list,),
     "versions": (dict,),
     "time": (str,),
+    "not_finite": (int,),
+    "tied": (int,),
     "outcomes": (str,),
 }
 _SCORE_FIELDS = {
@@ -90,6 +91,7 @@ class Entry:
         source: where it was read, for people: a path, or an address and a revision.
         scores: by metric, then by task; the average is left out.
         answers: by task, None without an outcomes file.
+        not_finite, tied: questions that were not decided by the model, as result files count them.
     """
 
     source: str
@@ -105,6 +107,8 @@ class Entry:
     time: str
     scores: dict[str, dict[str, Score]]
     answers: dict[str, Answers] | None
+    not_finite: int = 0
+    tied: int = 0
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Entry]:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ..data.prompts import options
 from .batches import checked_rows, device_of, pad, prompt_tokens, refuse_long
-from .outcomes import Outcome, question_id, read_answer
+from .outcomes import Outcome, own_answers, question_id, read_answer
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Generate:
         given = prompt_tokens(tokenizer, [row["prompt"] for row in rows])
         room = f" with {self.max_new_tokens} new ones"
         refuse_long([len(ids) + self.max_new_tokens for ids in given], max_length, room)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._answers = tokenizer, own_answers((row["task"], options(row)) for row in rows)
         return [_Question(*pair) for pair in zip(rows, given, strict=True)]
 
     def cost(self, question: _Question) -> int:
@@ -72,7 +72,19 @@ class Generate:
                 logits_processor=LogitsProcessorList([watch]),
             )
         texts = self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-        return [_outcome(*each) for each in zip(questions, texts, (~watch.seen).tolist(), strict=True)]
+        return [self._outcome(*each) for each in zip(questions, texts, (~watch.seen).tolist(), strict=True)]
+
+    def _outcome(self, question: _Question, text: str, finite: bool) -> Outcome:
+        row = question.row
+        return Outcome(
+            question=question_id(row),
+            task=row["task"],
+            answer=row["answer"],
+            options=tuple(options(row)),
+            choice=read_answer(text, row["task"], self._answers) if finite else None,
+            text=text if finite else "",
+            finite=finite,
+        )
 
     def _config(self, model: nn.Module) -> GenerationConfig:
         ends = {self._tokenizer.eos_token_id}
@@ -107,19 +119,6 @@ class _NotFinite(LogitsProcessor):
         self.shape, self.seen = (questions, beams), torch.zeros(questions, dtype=torch.bool)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        bad = scores.isnan().any(-1).view(self.shape).any(-1)
+        bad = (scores.isnan() | scores.isposinf()).any(-1).view(self.shape).any(-1)
         self.seen |= bad.cpu()
         return scores
-
-
-def _outcome(question: _Question, text: str, finite: bool) -> Outcome:
-    row, names = question.row, options(question.row)
-    return Outcome(
-        question=question_id(row),
-        task=row["task"],
-        answer=row["answer"],
-        options=tuple(names),
-        choice=read_answer(text, row["task"], names) if finite else None,
-        text=text if finite else "",
-        finite=finite,
-    )

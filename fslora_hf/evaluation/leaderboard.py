@@ -255,6 +255,11 @@ def _source(entry: Entry) -> str:
 def _remarks(entry: Entry, base: Entry, tasks: Sequence[str], paired: bool) -> list[str]:
     """What a reader must know of an entry before comparing it with the reference."""
     remarks = []
+    if entry.not_finite:
+        count = f"{entry.not_finite:,}"
+        remarks.append(f"In {count} questions the model computed something that is not a number; they count as wrong.")
+    if entry.tied:
+        remarks.append(f"In {entry.tied:,} questions the best options are equally likely; the first was chosen.")
     if entry.prompt_hash != base.prompt_hash:
         remarks.append(f"Asked with another prompt ({entry.prompt_hash}) than the reference ({base.prompt_hash}).")
     if entry.rows_hash != base.rows_hash and (remark := _other_questions(entry, base, tasks)):

@@ -113,17 +113,24 @@ def held_out_loss(
 
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and the model's own mode again afterwards.
+    """Evaluation mode without gradients and in the model's own precision, and everything as it was afterwards.
 
+    A model that accelerate has prepared for bf16 training computes under autocast, whoever calls it; scores would then
+    depend on whether training came before (accelerate 1.15.0 keeps the model's own forward in `_original_forward`).
     Not inference mode: a model may keep what it computes here, such as 4-bit weights repacked for a processor, and go
     on training with it.
     """
     modes = [(module, module.training) for module in model.modules()]
+    prepared = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
     model.eval()
     try:
+        if prepared is not None:
+            model.forward = model.__dict__["_original_forward"]
         with torch.no_grad():
             yield
     finally:
+        if prepared is not None:
+            model.forward = prepared
         for module, training in modes:
             module.training = training
 

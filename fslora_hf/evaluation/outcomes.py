@@ -76,6 +76,16 @@ class Scores:
     protocol: str
     outcomes: list[Outcome]
     metrics: dict[str, dict[str, Any]]
+    resumed: int = 0  # questions that an earlier, killed attempt had finished
+
+    @property
+    def tied(self) -> int:
+        """Questions whose best option has an equal: the first was chosen, which half precision makes frequent."""
+        return sum(
+            outcome.finite and sorted(outcome.log_likelihoods)[-1] == sorted(outcome.log_likelihoods)[-2]
+            for outcome in self.outcomes
+            if outcome.log_likelihoods is not None
+        )
 
     @property
     def tasks(self) -> dict[str, TaskScore]:
@@ -137,24 +147,30 @@ def _judge_choices(outcomes: Sequence[Outcome], name: str) -> dict[str, Any]:
 
 
 def _judge_texts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    answers: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        names = answers.setdefault(outcome.task, [])
-        names += [name for name in outcome.options if name not in names]
     return load_metric().compute(
         predictions=[RESPONSE_MARK + outcome.text for outcome in outcomes],
         references=[outcome.answer for outcome in outcomes],
         task=[outcome.task for outcome in outcomes],
-        answers={task: names for task, names in answers.items() if task not in TEMPLATES},
+        answers=own_answers((outcome.task, outcome.options) for outcome in outcomes),
     )
 
 
-def read_answer(response: str, task: str, names: Sequence[str]) -> str | None:
-    """The answer that a response names first, or None; `names` are looked for if the task is not the benchmark's.
+def own_answers(questions: Iterable[tuple[str, Sequence[str]]]) -> dict[str, list[str]]:
+    """What may be answered in tasks that are not the benchmark's: all options of a task's questions."""
+    answers: dict[str, list[str]] = {}
+    for task, options in questions:
+        if task not in TEMPLATES:
+            names = answers.setdefault(task, [])
+            names += [name for name in options if name not in names]
+    return answers
+
+
+def read_answer(response: str, task: str, answers: Mapping[str, Sequence[str]]) -> str | None:
+    """The answer of its task that a response names first, or None; `answers` as of `own_answers`.
 
     The mark stands in front, as in the whole text, so that a second one ends the response.
     """
-    return first_answer(RESPONSE_MARK + response, task, None if task in TEMPLATES else names)
+    return first_answer(RESPONSE_MARK + response, task, answers.get(task))
 
 
 def question_id(row: Mapping[str, str]) -> str:

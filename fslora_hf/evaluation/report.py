@@ -27,13 +27,14 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     text = [
         " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *lines]
     ]
-    return "\n".join(f"| {line} |" for line in [text[0], " | ".join(rule), *text[1:]])
+    table = "\n".join(f"| {line} |" for line in [text[0], " | ".join(rule), *text[1:]])
+    return "\n".join([table, *_remarks(results)])
 
 
 def plot_accuracy(results: Sequence[dict[str, Any]], folder: str | Path) -> Path:
     """Write `accuracy_by_round.<protocol>.png`: a panel for each task and one for their average, with standard errors
     and the rate of the most common answer. A result without an adapter stands at round 0. Returns the path."""
-    points = sorted(results, key=_round)
+    points = sorted(results, key=round_number)
     panels = [*_tasks(points[0]), "average"]
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
@@ -44,7 +45,8 @@ def plot_accuracy(results: Sequence[dict[str, Any]], folder: str | Path) -> Path
         scores = [_score(result, task, "accuracy") for result in points]
         values, errors = ([score[key] for score in scores] for key in ("value", "standard_error"))
         axis.axhline(scores[0]["majority_rate"], color=GREY, lw=1.2, ls="--", label="most common answer")
-        axis.errorbar([_round(result) for result in points], values, errors, fmt="o-", color=ACCENT, ms=4, capsize=2)
+        at = [round_number(result) for result in points]
+        axis.errorbar(at, values, errors, fmt="o-", color=ACCENT, ms=4, capsize=2)
         axis.set_title(f"{task} ({scores[0]['rows']:,})", loc="left", fontsize=10, color=DARK)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -80,5 +82,17 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _round(result: dict[str, Any]) -> int:
+def _remarks(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader must know of questions that were not decided as they should be."""
+    texts = {
+        "not_finite": "the model computed something that is not a number; they count as wrong",
+        "tied": "the best options are equally likely, and the first was chosen",
+    }
+    found = [(key, r) for key in texts for r in results if r.get(key)]
+    lines = [f"{r['name']}: in {r[key]:,} questions {texts[key]}." for key, r in found]
+    return ["", *lines] if lines else []
+
+
+def round_number(result: dict[str, Any]) -> int:
+    """The rounds that a result's adapter was trained for; 0 without an adapter."""
     return 0 if result["adapter"] is None else result["adapter"]["round"] or 0

@@ -7,7 +7,8 @@ line a question.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,23 +17,28 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.prompts import prompt_hash
 from .outcomes import Scores, rows_hash
 
 FORMAT = 1
+IN_LOOP = "eval_rounds"  # folder in output_dir of what is scored during training
+PROTOCOLS = ("loglikelihood", "generate")
 RESULTS, OUTCOMES = ".results.json", ".outcomes.jsonl"
 _PACKAGES = ("fslora_hf", "torch", "transformers", "peft", "datasets", "evaluate", "bitsandbytes")
 # What two evaluations must share to be the same one; names of places may differ.
 _DEFINING = ("protocol", "settings", "prompt_hash", "rows_hash")
+_DEFINING_MODEL = ("digest", "dtype", "quantization")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model: the name it was loaded by, its revision there, and how it was loaded."""
+    """A base model: the name it was loaded by, its revision there, how it was loaded, and a hash of its weights."""
 
     name: str
+    digest: str
     revision: str | None = None
     dtype: str | None = None
     quantization: str | None = None
@@ -64,7 +70,7 @@ def identity(subject: Subject, protocol: Any, rows: Dataset) -> dict[str, Any]:
         "settings": dict(protocol.settings),
         "prompt_hash": prompt_hash(rows["prompt"]),
         "rows_hash": rows_hash(rows),
-        "model": asdict(subject.model),
+        "model": {name: getattr(subject.model, name) for name in _DEFINING_MODEL},
         "adapter": None if subject.adapter is None else subject.adapter.digest,
     }
 
@@ -84,19 +90,22 @@ def make_results(
 
     Args:
         seed: of the choice of rows.
-        seconds: that the evaluation took in all, over its attempts if it was resumed.
+        seconds: that the last attempt took; questions of earlier ones are counted in `resumed`.
     """
     return {
         "format": FORMAT,
         "name": subject.name,
         **identity(subject, protocol, rows),
+        "model": asdict(subject.model),
         "adapter": None if subject.adapter is None else asdict(subject.adapter),
         "seed": seed,
         "scores": scores.table(),
         "not_finite": scores.not_finite,
-        "versions": _versions(),
+        "tied": scores.tied,
+        "versions": versions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
+        "resumed": scores.resumed,
         "processes": processes,
         "batch_size": batch_size,
     }
@@ -114,6 +123,19 @@ def write_results(folder: str | Path, name: str, results: Mapping[str, Any], sco
     return path
 
 
+def set_aside_later(folder: str | Path, round: int) -> None:
+    """Rename result files of more than `round` rounds: no leaderboard shall take an abandoned branch for the run."""
+    for path in sorted(Path(folder).glob(f"round-*{RESULTS}")):
+        number = path.name.removeprefix("round-").split(".")[0]
+        if number.isdigit() and int(number) > round:
+            for old in (path, path.with_name(path.name.removesuffix(RESULTS) + OUTCOMES)):
+                aside = old.with_name(f"{old.name}.superseded")
+                while aside.exists():
+                    aside = aside.with_name(f"{aside.name}-older")
+                if old.exists():
+                    os.replace(old, aside)
+
+
 def find_results(folder: str | Path, name: str, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """The results that stand under this name, None if there are none.
 
@@ -125,7 +147,8 @@ def find_results(folder: str | Path, name: str, wanted: Mapping[str, Any]) -> di
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        held = {key: found[key] for key in _DEFINING} | {"model": found["model"]}
+        held = {key: found[key] for key in _DEFINING}
+        held["model"] = {key: found["model"][key] for key in _DEFINING_MODEL}
         held["adapter"] = found["adapter"] and found["adapter"]["digest"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -146,7 +169,29 @@ def describe_model(model: PreTrainedModel) -> ModelSource:
     """A loaded base model as result files name it; its revision is the commit it was fetched at, if it was."""
     bits = next((f"{bits}-bit" for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
     commit = getattr(model.config, "_commit_hash", None)
-    return ModelSource(model.config.name_or_path, commit, str(model.dtype).removeprefix("torch."), bits)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return ModelSource(model.config.name_or_path, _base_digest(model), commit, dtype, bits)
+
+
+def _base_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits that change when a base's weights do: of up to 64 values of each tensor, adapters aside.
+
+    Hashing all of a large model would take longer than scoring a few questions; training or merging changes them all.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "client_" in name:
+            continue
+        values = parameter.detach().flatten()
+        some = values[:: max(1, len(values) // 64)][:64].cpu()
+        some = some if some.dtype in (torch.uint8, torch.int8) else some.float()
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def slug(parts: Sequence[str]) -> str:
+    """A file name out of some words."""
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-.")
 
 
 def adapter_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -158,7 +203,8 @@ def adapter_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that scores depend on."""
     found = {}
     for package in _PACKAGES:
         try:

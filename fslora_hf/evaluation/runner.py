@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from datasets import Dataset
@@ -15,10 +16,9 @@ from .generation import Generate
 from .journal import Journal
 from .loglikelihood import Loglikelihood, scoring
 from .outcomes import Outcome, Scores, summarise
+from .results import PROTOCOLS
 
 logger = logging.getLogger(__name__)
-
-PROTOCOLS = ("loglikelihood", "generate")
 
 
 class EvaluationProtocol(Protocol):
@@ -53,6 +53,7 @@ def score_rows(
     batch_size: int = 8,
     max_length: int | None = None,
     journal: Journal | None = None,
+    questions: list | None = None,
     description: str = "Scoring",
 ) -> Scores:
     """The scores of a model on rows with options, the same in every process.
@@ -66,6 +67,7 @@ def score_rows(
         protocol: `loglikelihood`, `generate`, or an object as `make_protocol` gives it.
         batch_size: questions in one forward pass; it changes speed, memory and rounding only.
         max_length: refuse rows of more tokens; None takes the length that the model's configuration states.
+        questions: what the protocol's `prepare` made of the rows before, so that it need not be made again.
         journal: keeps finished questions on disk, and gives back those of an earlier attempt.
 
     Raises:
@@ -74,9 +76,10 @@ def score_rows(
     if batch_size < 1:
         raise ValueError(f"Expected a batch size of at least 1, found {batch_size}: ask for one question or more.")
     protocol = make_protocol(protocol) if isinstance(protocol, str) else protocol
-    limit = max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    questions = protocol.prepare(tokenizer, dataset, limit)
+    if questions is None:
+        questions = protocol.prepare(tokenizer, dataset, max_length or longest_row(model))
     done, attempt = agree(journal.read if journal else lambda: ({}, 1))
+    before = len(done)
     batches = _batches([protocol.cost(question) for question in questions], set(done), batch_size)
     if journal:
         journal.open(attempt, rank())
@@ -92,11 +95,16 @@ def score_rows(
         if journal:
             journal.close()
     done = {row: outcome for part in gather(done) for row, outcome in part.items()}
-    scores = summarise(protocol.name, [done[i] for i in range(len(questions))])
+    scores = replace(summarise(protocol.name, [done[i] for i in range(len(questions))]), resumed=before)
     if scores.not_finite and rank() == 0:
         text = "In %d of %d questions the model computed something that is not a number; they count as wrong."
         logger.warning(text, scores.not_finite, len(questions))
     return scores
+
+
+def longest_row(model: nn.Module) -> int | None:
+    """The tokens of a row that the model was made for, None if its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _batches(costs: Sequence[int], done: set[int], batch_size: int) -> list[list[int]]:

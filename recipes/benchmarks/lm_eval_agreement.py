@@ -4,7 +4,10 @@
 
 Needs `pip install "lm_eval[hf]"`. Both score the same loaded model on the same rows, a task at a time, in turns: ours,
 then the harness. Options count as agreeing if both choose the same one; questions whose two best options lie within
-1e-4 nats are counted apart, because rounding decides them. Texts agree if the same answer is read from both.
+1e-4 nats are counted apart, because rounding decides them. Texts agree if the same answer is read from both. Seconds
+count, on both sides, reading and tokenising the rows and asking all questions; what is done once (imports, loading the
+model, a first pass of a few rows) is not counted. A batch is so many questions for us, so many prompts with one option
+each for the harness: as many sequences in a forward pass.
 """
 
 import argparse
@@ -17,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,38 +48,49 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare(model, tokenizer, args: argparse.Namespace, task: str, rows: Dataset, protocol: str) -> dict:
+class Harness:
+    """lm-eval around a loaded model."""
+
+    def __init__(self, model, tokenizer, batch_size: int):
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        self.model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.tasks = TaskManager(include_path=str(ROOT / "recipes/lm_eval"), include_defaults=False)
+
+    def samples(self, task: str, limit: int | None, protocol: str) -> list[dict]:
+        """What it makes of the first rows of a task, in their order."""
+        from lm_eval import simple_evaluate
+
+        name = "fslora_" + task.lower().replace("-", "_") + ("_generate" if protocol == "generate" else "")
+        quiet = {"bootstrap_iters": 0, "verbosity": "ERROR"}
+        found = simple_evaluate(model=self.model, tasks=[name], task_manager=self.tasks, limit=limit, **quiet)
+        return sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+
+
+def our_outcomes(model, tokenizer, args: argparse.Namespace, task: str, limit: int | None, protocol: str):
+    rows = load_commonsense(args.data_dir, [task], "test")
+    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return score_rows(model, tokenizer, rows, protocol, args.batch_size, description=f"{task}, ours").outcomes
+
+
+def compare(model, tokenizer, harness: Harness, args: argparse.Namespace, task: str, protocol: str) -> dict:
     """One task by both; returns counts and seconds."""
+    limit = args.texts
+    if protocol == "loglikelihood":
+        limit = None if task in args.whole else args.rows
     started = time.monotonic()
-    ours = score_rows(model, tokenizer, rows, protocol, args.batch_size, description=f"{task}, ours")
+    ours = our_outcomes(model, tokenizer, args, task, limit, protocol)
     between = time.monotonic()
-    samples = harness_samples(model, tokenizer, args.batch_size, task, len(rows), protocol)
+    samples = harness.samples(task, limit, protocol)
     ended = time.monotonic()
     count = options_agree if protocol == "loglikelihood" else texts_agree
     return {
-        "rows": len(rows),
-        **count(ours.outcomes, samples),
+        "rows": len(ours),
+        **count(ours, samples),
         "seconds": between - started,
         "harness_seconds": ended - between,
     }
-
-
-def harness_samples(model, tokenizer, batch_size: int, task: str, rows: int, protocol: str) -> list[dict]:
-    """What lm-eval makes of the first rows of a task, in their order."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    name = "fslora_" + task.lower().replace("-", "_") + ("_generate" if protocol == "generate" else "")
-    found = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=[name],
-        task_manager=TaskManager(include_path=str(ROOT / "recipes/lm_eval"), include_defaults=False),
-        limit=rows,
-        bootstrap_iters=0,
-        verbosity="ERROR",
-    )
-    return sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
 
 
 def options_agree(ours: Sequence[Outcome], samples: Sequence[dict]) -> dict:
@@ -131,14 +144,13 @@ def main() -> None:
         model = PeftModel.from_pretrained(model, args.adapter)
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    harness = Harness(model, tokenizer, args.batch_size)
     results: dict[str, dict] = {"loglikelihood": {}, "generate": {}}
     for protocol, found in results.items():
+        our_outcomes(model, tokenizer, args, args.tasks[0], 4, protocol)
+        harness.samples(args.tasks[0], 4, protocol)
         for task in args.tasks:
-            rows = load_commonsense(args.data_dir, [task], "test")
-            whole = protocol == "loglikelihood" and task in args.whole
-            limit = args.rows if protocol == "loglikelihood" else args.texts
-            rows = rows if whole else rows.select(range(min(limit, len(rows))))
-            found[task] = compare(model, tokenizer, args, task, rows, protocol)
+            found[task] = compare(model, tokenizer, harness, args, task, protocol)
             print(protocol, task, json.dumps(found[task]), flush=True)
     report(results, args)
 
