@@ -126,9 +126,8 @@ def _score(
     if standing is not None:
         return standing
     batch_size = args.per_device_eval_batch_size
-    scores = score_rows(
-        model, tokenizer, rows, protocol, batch_size, journal=journal, description=f"Scoring {subject.name}"
-    )
+    asking = {"journal": journal, "merge": True, "description": f"Scoring {subject.name}"}
+    scores = score_rows(model, tokenizer, rows, protocol, batch_size, **asking)
     results = make_results(
         subject,
         protocol,

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from fslora_hf.data import completions, load_miniature, options
@@ -237,3 +238,60 @@ def test_what_cannot_be_scored(model, rows):
         score_rows(model, tokenizer(), rows.map(lambda row: {"answer": "none"}))
     with pytest.raises(ValueError, match="^Expected a batch size of at least 1, found 0: ask"):
         score_rows(model, tokenizer(), rows, batch_size=0)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_folding_adapters_in_changes_neither_scores_nor_any_bit_of_the_model(rows, fan_in_fan_out):
+    """With a Llama's linear layers and with GPT-2's, which hold their weights transposed."""
+    base = fitted(tiny.base_model()) if not fan_in_fan_out else gpt2()
+    targets = ["c_attn", "c_proj"] if fan_in_fan_out else tiny.TARGETS
+    model = get_peft_model(base, LoraConfig(r=3, init_lora_weights=False, target_modules=targets)).double()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    plain = score_rows(model, tokenizer(), rows, batch_size=5)
+    seen = []
+    hook = (
+        model.get_base_model()
+        .get_input_embeddings()
+        .register_forward_hook(
+            lambda *_: seen.append(next(m for m in model.modules() if isinstance(m, LoraLayer)).disable_adapters)
+        )
+    )
+    folded = score_rows(model, tokenizer(), rows, batch_size=5, merge=True)
+    hook.remove()
+    assert all(seen) and seen  # the adapters' own products were not computed
+    assert largest_difference(folded, [outcome.log_likelihoods for outcome in plain.outcomes]) < 1e-9
+    with model.disable_adapter():
+        without = score_rows(model, tokenizer(), rows, batch_size=5)
+    assert largest_difference(folded, [outcome.log_likelihoods for outcome in without.outcomes]) > 1e-3
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    assert score_rows(model, tokenizer(), rows, batch_size=5) == plain
+
+
+def test_half_precision_is_not_folded(rows):
+    model = get_peft_model(fitted(tiny.base_model(torch.bfloat16)), tiny.lora_config(zero_b=False))
+    plain, asked = (score_rows(model, tokenizer(), rows.select(range(4)), merge=merge) for merge in (False, True))
+    assert asked == plain
+
+
+def gpt2() -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=len(BYTES) + 1, n_positions=512, n_embd=16, n_layer=2, n_head=2, eos_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return GPT2LMHeadModel(config)
+
+
+def test_the_beginning_that_questions_share_runs_once(model, rows):
+    """Of a batch of one task: its prefix alone, then each question's rest; and the same numbers as one by one."""
+    some = rows.filter(lambda row: row["task"] == "piqa")
+    assert len(some) >= 2
+    embedded = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, i, output: embedded.append(output.shape[:2]))
+    scores = score_rows(model, tokenizer(), some, batch_size=8)
+    hook.remove()
+    begin = len("### Instruction:\nPlease choose the correct solution to the question: ")
+    assert embedded[0][0] == 1 and embedded[0][1] >= begin and embedded[1][0] == len(some)
+    longest = max(len((row["prompt"] + " the correct answer is solution").encode()) for row in some)
+    assert embedded[0][1] + embedded[1][1] == longest
+    assert largest_difference(scores, naive(model, tokenizer(), some)) < 1e-9

@@ -104,17 +104,19 @@ def work(folder: Path, protocol: str) -> None:
 
 def test_a_killed_evaluation_goes_on_with_the_questions_left(model, rows, tmp_path):
     whole = score_rows(model, tokenizer(), rows, Counting(), batch_size=4)
+    asked_before = 0
     for attempt in range(2):
         killed = Counting(batches=3)
         with pytest.raises(KeyboardInterrupt):
             score_rows(model, tokenizer(), rows, killed, 4, journal=Journal(tmp_path, "x", IDENTITY))
         assert len(killed.asked) == 3, attempt
+        asked_before += sum(map(len, killed.asked))
     last = sorted(tmp_path.glob(".x.*"))[-1]
     torn = last.read_text()
     last.write_text(torn[: torn.rindex('"answer"')])  # the kill came in the middle of a line
     rest = Counting()
     scores = score_rows(model, tokenizer(), rows, rest, 7, journal=Journal(tmp_path, "x", IDENTITY))
-    assert sum(map(len, rest.asked)) == 40 - 2 * 12 + 1
+    assert sum(map(len, rest.asked)) == 40 - asked_before + 1 and 12 < asked_before < 30
     agree(whole, scores)
     assert scores.metrics == whole.metrics
     journal = Journal(tmp_path, "x", IDENTITY)
@@ -151,24 +153,28 @@ def test_outcomes_survive_the_journal(tmp_path):
 
 def test_batches_hold_like_lengths_and_come_mixed():
     costs = [(i * 37) % 101 for i in range(100)]
-    batches = runner_module._batches(costs, {3, 50}, 8)
+    sizes = [("ab"[i % 3 == 0], cost) for i, cost in enumerate(costs)]
+    batches = runner_module._batches(sizes, {3, 50}, 8)
+    assert all(len({sizes[i][0] for i in batch}) == 1 for batch in batches)
     assert sorted(i for batch in batches for i in batch) == [i for i in range(100) if i not in (3, 50)]
     assert max(costs) in [costs[i] for i in batches[0]]  # the longest first, so that memory is known to suffice
     spans = [max(costs[i] for i in batch) - min(costs[i] for i in batch) for batch in batches]
-    assert max(spans) <= 10
+    assert max(spans) <= 30
     means = [sum(costs[i] for i in batch) / len(batch) for batch in batches]
     assert means != sorted(means) and means[1:] != sorted(means[1:], reverse=True)
 
 
 def test_progress_counts_questions_from_where_a_kill_left_it(model, rows, tmp_path, capsys):
+    killed = Counting(batches=2)
     with pytest.raises(KeyboardInterrupt):
-        score_rows(model, tokenizer(), rows, Counting(batches=2), 4, journal=Journal(tmp_path, "x", IDENTITY))
+        score_rows(model, tokenizer(), rows, killed, 4, journal=Journal(tmp_path, "x", IDENTITY))
+    done = sum(map(len, killed.asked))
     capsys.readouterr()
     score_rows(
         model, tokenizer(), rows, batch_size=4, journal=Journal(tmp_path, "x", IDENTITY), description="Scoring it"
     )
     shown = capsys.readouterr().err
-    assert "Scoring it" in shown and "8/40" in shown and "40/40" in shown and "questions/s" in shown
+    assert "Scoring it" in shown and f" {done}/40" in shown and "40/40" in shown and "questions/s" in shown
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 Options are scored as text that completes the prompt: the log-likelihood of an option is the sum over the tokens of its
 completion, without an end-of-sequence token, as lm-evaluation-harness has it. What the options of a question have in
 common, the prompt and the start of the completion, passes through the model once; only the differing ends follow on
-its key-value cache, and where these are one token each, nothing follows. No logits are computed for positions that
-are not scored.
+its key-value cache, and where these are one token each, nothing follows. What the questions of a batch have in common,
+the beginning of their instruction, passes through the model once for all of them. No logits are computed for positions
+that are not scored.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from transformers import Cache, PreTrainedTokenizerBase
 
 from ..data.prompts import completions, options
 from .batches import checked_rows, device_of, pad, prompt_tokens, refuse_long
+from .modes import scoring
 from .outcomes import Outcome, question_id
+
+_WORTH_SHARING = 4  # tokens; a pass of its own over fewer costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -111,30 +114,6 @@ def held_out_loss(
     return Losses(_token_mean(pairs), tasks, sum(tokens for _, tokens in pairs))
 
 
-@contextmanager
-def scoring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and in the model's own precision, and everything as it was afterwards.
-
-    A model that accelerate has prepared for bf16 training computes under autocast, whoever calls it; scores would then
-    depend on whether training came before (accelerate 1.15.0 keeps the model's own forward in `_original_forward`).
-    Not inference mode: a model may keep what it computes here, such as 4-bit weights repacked for a processor, and go
-    on training with it.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    prepared = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
-    model.eval()
-    try:
-        if prepared is not None:
-            model.forward = model.__dict__["_original_forward"]
-        with torch.no_grad():
-            yield
-    finally:
-        if prepared is not None:
-            model.forward = prepared
-        for module, training in modes:
-            module.training = training
-
-
 def _tokenise(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[list[str]], max_length: int | None
 ) -> list[_Texts]:
@@ -164,15 +143,18 @@ def _set_apart(sequences: list[list[int]], given: int) -> _Texts:
 def _score_batch(model: nn.Module, texts: list[_Texts]) -> list[list[float]]:
     """Log-likelihoods of one batch: the shared beginnings in one pass, the options' ends in a second on its cache."""
     device = device_of(model)
-    ids, mask = pad([text.shared for text in texts], device, left=True)
+    prefix, cache = _share_beginning(model, texts)
+    ids, own_mask = pad([text.shared[prefix:] for text in texts], device, left=True)
+    mask = torch.cat([own_mask.new_ones(len(texts), prefix), own_mask], 1)
     scored = [len(text.shared) - text.given for text in texts]
     # Each token is predicted at the position before it, the first of an end at the last shared position.
     output = model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, prefix:],
+        past_key_values=cache,
         logits_to_keep=max(scored) + 1,
-        use_cache=any(len(end) > 1 for text in texts for end in text.ends),
+        use_cache=cache is not None or any(len(end) > 1 for text in texts for end in text.ends),
     )
     log_probs = _log_softmax(output.logits)  # [texts, max(scored) + 1, vocabulary]
     _, scored_mask = pad([[0] * count for count in scored], device, left=True)
@@ -181,6 +163,23 @@ def _score_batch(model: nn.Module, texts: list[_Texts]) -> list[list[float]]:
         totals = _add_ends(model, texts, totals, log_probs[:, -1], mask, output.past_key_values)
     values = iter(totals.tolist())
     return [[next(values) for _ in text.ends] for text in texts]
+
+
+def _share_beginning(model: nn.Module, texts: list[_Texts]) -> tuple[int, Cache | None]:
+    """How many tokens all texts begin with, and their keys and values, repeated for each text.
+
+    The last token of a prompt is left out: the first token after it is predicted there. A model that looks back over a
+    window only keeps no more than that of a beginning, so it is not shared.
+    """
+    given = [text.shared[: text.given - 1] for text in texts]
+    length = next((i for i, ids in enumerate(zip(*given, strict=False)) if len(set(ids)) > 1), min(map(len, given)))
+    windowed = getattr(model.config.get_text_config(), "sliding_window", None) is not None
+    if len(texts) == 1 or length < _WORTH_SHARING or windowed:
+        return 0, None
+    ids = torch.tensor([given[0][:length]], device=device_of(model))
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_repeat_interleave(len(texts))
+    return length, cache
 
 
 def _add_ends(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +15,8 @@ from ..draws import permutation_prefix
 from ..processes import agree, gather, rank, world
 from .generation import Generate
 from .journal import Journal
-from .loglikelihood import Loglikelihood, scoring
+from .loglikelihood import Loglikelihood
+from .modes import merged, scoring
 from .outcomes import Outcome, Scores, summarise
 from .results import PROTOCOLS
 
@@ -54,6 +56,7 @@ def score_rows(
     max_length: int | None = None,
     journal: Journal | None = None,
     questions: list | None = None,
+    merge: bool = False,
     description: str = "Scoring",
 ) -> Scores:
     """The scores of a model on rows with options, the same in every process.
@@ -70,6 +73,10 @@ def score_rows(
         questions: what the protocol's `prepare` made of the rows before, so that it need not be made again.
         journal: keeps finished questions on disk, and gives back those of an earlier attempt.
 
+        merge: fold LoRA adapters into the base's weights meanwhile, where these are float32 or float64 and not
+            quantized, which is much faster and takes the memory of the adapted layers once more. Afterwards the model
+            is as it was, to the last bit.
+
     Raises:
         ValueError: what the protocol's `prepare` objects to, or a batch size below 1.
     """
@@ -80,11 +87,13 @@ def score_rows(
         questions = protocol.prepare(tokenizer, dataset, max_length or longest_row(model))
     done, attempt = agree(journal.read if journal else lambda: ({}, 1))
     before = len(done)
-    batches = _batches([protocol.cost(question) for question in questions], set(done), batch_size)
+    sizes = [(question.row["task"], protocol.cost(question)) for question in questions]
+    batches = _batches(sizes, set(done), batch_size)
     if journal:
         journal.open(attempt, rank())
     try:
-        with scoring(model), _Progress(len(questions), len(done), description) as progress:
+        folded = merged(model) if merge else nullcontext()
+        with scoring(model), folded, _Progress(len(questions), len(done), description) as progress:
             for batch in batches[rank() :: world()]:
                 outcomes = protocol.score(model, [questions[i] for i in batch])
                 done |= dict(zip(batch, outcomes, strict=True))
@@ -107,14 +116,19 @@ def longest_row(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _batches(costs: Sequence[int], done: set[int], batch_size: int) -> list[list[int]]:
-    """The questions left, those of like length together so that little is computed for padding.
+def _batches(sizes: Sequence[tuple[str, int]], done: set[int], batch_size: int) -> list[list[int]]:
+    """The questions left, by their (task, tokens): one task in a batch, since its instructions begin alike, and like
+    lengths, so that little is computed for padding.
 
     The longest batch comes first, so that a lack of memory shows at once; the others in an order that mixes lengths,
     so that the time of some tells the time of all.
     """
-    order = sorted((i for i in range(len(costs)) if i not in done), key=lambda i: (-costs[i], i))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    by_task: dict[str, list[int]] = {}
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][1], i)):
+        if i not in done:
+            by_task.setdefault(sizes[i][0], []).append(i)
+    batches = [own[start : start + batch_size] for own in by_task.values() for start in range(0, len(own), batch_size)]
+    batches.sort(key=lambda batch: -sizes[batch[0]][1])
     rest = permutation_prefix(len(batches) - 1, len(batches) - 1, "evaluation") if len(batches) > 1 else []
     return batches[:1] + [batches[1 + int(i)] for i in rest]
 

@@ -71,7 +71,8 @@ class Harness:
 def our_outcomes(model, tokenizer, args: argparse.Namespace, task: str, limit: int | None, protocol: str):
     rows = load_commonsense(args.data_dir, [task], "test")
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-    return score_rows(model, tokenizer, rows, protocol, args.batch_size, description=f"{task}, ours").outcomes
+    asking = {"merge": True, "description": f"{task}, ours"}  # as recipes/evaluate.py asks
+    return score_rows(model, tokenizer, rows, protocol, args.batch_size, **asking).outcomes
 
 
 def compare(model, tokenizer, harness: Harness, args: argparse.Namespace, task: str, protocol: str) -> dict:
