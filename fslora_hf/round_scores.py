@@ -62,15 +62,23 @@ class RoundScorer:
                 f"Expected evaluation sets whose names differ in letters and digits, found {', '.join(self.rows)}: "
                 "their result files would have the same names; rename one."
             )
-        self.protocol = self.questions = None
+        self.questions: dict[str, list] = {}
         if self.rows:
             self.protocol = make_protocol(asked, args.eval_num_beams, args.eval_max_new_tokens)
-            limit = longest_row(model)
-            self.questions = {name: self.protocol.prepare(tokenizer, rows, limit) for name, rows in self.rows.items()}
+        for name in self.rows if args.eval_rounds or args.eval_on_start else ():
+            try:
+                self._prepare(name, model, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{error} Or set eval_protocol to loss, which asks nothing.") from error
+
+    def _prepare(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.questions[name] = self.protocol.prepare(tokenizer, self.rows[name], longest_row(model))
 
     def score(self, trainer: "FederatedSketchTrainer", name: str, prefix: str) -> dict[str, float]:
         """Metrics of the set `name`, their keys beginning with `prefix`; while a run is on, its files are written."""
         rows, args, started = self.rows[name], trainer.args, time.monotonic()
+        if name not in self.questions:
+            self._prepare(name, trainer.model, trainer.processing_class)
         scores = score_rows(
             trainer.model,
             trainer.processing_class,
@@ -103,7 +111,7 @@ def _have_options(rows: Dataset) -> bool:
     if not all(texts) or not len(rows):
         return False
     try:
-        return all(options({"prompt": prompt}) for prompt in rows["prompt"])
+        return all(prompt is not None and options({"prompt": prompt}) for prompt in rows["prompt"])
     except ValueError as error:
         logger.info("Evaluation rows are measured by their loss alone, since they do not all name options. %s", error)
         return False

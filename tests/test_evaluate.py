@@ -242,7 +242,7 @@ def test_rows_that_cannot_be_asked_are_told_before_training(base, tmp_path):
     shared = {"train_dataset": rows, "processing_class": tokenizer(), "peft_config": get_peft_config(parsed[2])}
 
     def build(eval_dataset, **fields):
-        args = replace(parsed[1], output_dir=str(tmp_path), **fields)
+        args = replace(parsed[1], output_dir=str(tmp_path), eval_rounds=1, **fields)
         return FederatedSketchTrainer(model, args, eval_dataset=eval_dataset, **shared)
 
     assert build(plain)._scorer.rows == {}  # measured by their loss alone

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class EvaluationProtocol(Protocol):
-    """How a question is asked: what `Loglikelihood` and `Generate` are."""
+    """How a question is asked: what `Loglikelihood` and `Generate` are. A prepared question has its row in `row`."""
 
     name: str
     settings: Mapping[str, Any]
@@ -72,10 +72,9 @@ def score_rows(
         max_length: refuse rows of more tokens; None takes the length that the model's configuration states.
         questions: what the protocol's `prepare` made of the rows before, so that it need not be made again.
         journal: keeps finished questions on disk, and gives back those of an earlier attempt.
-
         merge: fold LoRA adapters into the base's weights meanwhile, where these are float32 or float64 and not
-            quantized, which is much faster and takes the memory of the adapted layers once more. Afterwards the model
-            is as it was, to the last bit.
+            quantized, which is faster and takes the memory of the adapted layers once more. Afterwards the model is as
+            it was, to the last bit.
 
     Raises:
         ValueError: what the protocol's `prepare` objects to, or a batch size below 1.

@@ -7,7 +7,8 @@ then the harness. Options count as agreeing if both choose the same one; questio
 1e-4 nats are counted apart, because rounding decides them. Texts agree if the same answer is read from both. Seconds
 count, on both sides, reading and tokenising the rows and asking all questions; what is done once (imports, loading the
 model, a first pass of a few rows) is not counted. A batch is so many questions for us, so many prompts with one option
-each for the harness: as many sequences in a forward pass.
+each for the harness: as many sequences in a forward pass. The harness's own default, one prompt at a time, is timed on
+the first rows of each task.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fslora_hf.data import load_commonsense
 from fslora_hf.evaluation import Outcome, score_rows
-from fslora_hf.evaluation.outcomes import read_answer
+from fslora_hf.evaluation.outcomes import own_answers, read_answer
 
 NEAR = 1e-4  # nats
 WHOLE = ("openbookqa", "ARC-Challenge")  # scored on all their rows
@@ -42,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=200, help="options: rows of each task that is not scored whole")
     parser.add_argument("--whole", nargs="*", default=list(WHOLE), help="options: tasks scored on all their rows")
     parser.add_argument("--texts", type=int, default=50, help="generation: rows of each task")
+    parser.add_argument("--default_rows", type=int, default=24, help="rows of each task timed at the default, 1")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output", default=str(ROOT / "docs/benchmarks/lm_eval_agreement.json"))
@@ -121,7 +123,7 @@ def options_agree(ours: Sequence[Outcome], samples: Sequence[dict]) -> dict:
 
 def texts_agree(ours: Sequence[Outcome], samples: Sequence[dict]) -> dict:
     answers = [
-        read_answer(sample["resps"][0][0], outcome.task, outcome.options)
+        read_answer(sample["resps"][0][0], outcome.task, own_answers([(outcome.task, outcome.options)]))
         for outcome, sample in zip(ours, samples, strict=True)
     ]
     differing = [i for i, (o, answer) in enumerate(zip(ours, answers, strict=True)) if o.choice != answer]
@@ -146,23 +148,42 @@ def main() -> None:
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     harness = Harness(model, tokenizer, args.batch_size)
+    started = Path(args.output).with_suffix(".partial.json")
     results: dict[str, dict] = {"loglikelihood": {}, "generate": {}}
+    if started.is_file():  # of a run that was killed; remove it to begin again
+        results = json.loads(started.read_text(encoding="utf-8"))
     for protocol, found in results.items():
         our_outcomes(model, tokenizer, args, args.tasks[0], 4, protocol)
         harness.samples(args.tasks[0], 4, protocol)
-        for task in args.tasks:
+        for task in (task for task in args.tasks if task not in found):
             found[task] = compare(model, tokenizer, harness, args, task, protocol)
             print(protocol, task, json.dumps(found[task]), flush=True)
-    report(results, args)
+            started.write_text(json.dumps(results), encoding="utf-8")
+    report(results, time_default(model, tokenizer, args), args)
+    started.unlink()
 
 
-def report(results: dict[str, dict], args: argparse.Namespace) -> None:
+def time_default(model, tokenizer, args: argparse.Namespace) -> dict:
+    """Log-likelihoods of the first rows of each task: ours, and the harness at its default batch size of 1."""
+    harness, seconds, theirs = Harness(model, tokenizer, 1), 0.0, 0.0
+    for task in args.tasks:
+        started = time.monotonic()
+        our_outcomes(model, tokenizer, args, task, args.default_rows, "loglikelihood")
+        between = time.monotonic()
+        harness.samples(task, args.default_rows, "loglikelihood")
+        seconds, theirs = seconds + between - started, theirs + time.monotonic() - between
+    rows = args.default_rows * len(args.tasks)
+    return {"rows": rows, "seconds": seconds, "harness_seconds": theirs, "times_as_fast": theirs / seconds}
+
+
+def report(results: dict[str, dict], default: dict, args: argparse.Namespace) -> None:
     totals = {}
     for protocol, found in results.items():
         sums = {key: sum(task[key] for task in found.values()) for key in ("rows", "same", "near")}
         ours, theirs = (sum(task[key] for task in found.values()) for key in ("seconds", "harness_seconds"))
         totals[protocol] = {**sums, "seconds": ours, "harness_seconds": theirs, "times_as_fast": theirs / ours}
         print(f"{protocol}: {json.dumps(totals[protocol])}")
+    print(f"harness at its default batch size of 1: {json.dumps(default)}")
     content = {
         "model": Path(args.model).name,
         "adapter": Path(args.adapter).name if args.adapter else None,
@@ -171,6 +192,7 @@ def report(results: dict[str, dict], args: argparse.Namespace) -> None:
         "machine": platform.machine(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lm_eval")},
         "totals": totals,
+        "harness at its default batch size of 1": default,
         "tasks": results,
     }
     output = Path(args.output)

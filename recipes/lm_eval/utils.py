@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from datasets import Dataset
 
 from fslora_hf.data import completions, load_commonsense, load_originals, options
-from fslora_hf.evaluation.outcomes import read_answer
+from fslora_hf.evaluation.outcomes import own_answers, read_answer
 
 
 def load(task: str, **_) -> dict[str, Dataset]:
@@ -26,7 +26,7 @@ def load(task: str, **_) -> dict[str, Dataset]:
 def first_answers(texts: Iterable[list[str]], docs: Iterable[Mapping[str, str]]) -> list[list[str]]:
     """The answer that each generated text names first, or an empty text, which no answer equals."""
     return [
-        [read_answer(text, doc["task"], options(doc)) or "" for text in of_doc]
+        [read_answer(text, doc["task"], own_answers([(doc["task"], options(doc))])) or "" for text in of_doc]
         for of_doc, doc in zip(texts, docs, strict=True)
     ]
 
