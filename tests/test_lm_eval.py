@@ -176,3 +176,33 @@ def test_the_command_of_the_readme(folder, checkpoint, tmp_path):
     (samples,) = tmp_path.rglob("samples_fslora_piqa_generate_*.jsonl")
     samples = [json.loads(line) for line in samples.read_text().splitlines()]
     assert len(samples) == 3 and all(sample["resps"][0][0] for sample in samples)
+
+
+@pytest.mark.slow
+def test_the_comparison_counts_and_times_both(folder, checkpoint, tmp_path):
+    model, adapter = checkpoint
+    script = TASK_FILES.parent / "benchmarks" / "lm_eval_agreement.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--model",
+        str(model),
+        "--adapter",
+        str(adapter),
+        "--data_dir",
+        str(folder),
+    ]
+    command += ["--tasks", "boolq", "piqa", "--whole", "boolq", "--rows", "2", "--texts", "2", "--default_rows", "2"]
+    output = tmp_path / "new" / "agreement.json"
+    command += ["--batch_size", "8", "--cpu", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(output.read_text())
+    rows = {
+        protocol: {task: each["rows"] for task, each in tasks.items()} for protocol, tasks in found["tasks"].items()
+    }
+    assert rows == {"loglikelihood": {"boolq": 3, "piqa": 2}, "generate": {"boolq": 2, "piqa": 2}}
+    for total in found["totals"].values():
+        assert total["same"] + total["near"] == total["rows"] and total["seconds"] > 0 < total["harness_seconds"]
+    assert found["harness at its default batch size of 1"]["rows"] == 4
+    assert list(output.parent.iterdir()) == [output]

@@ -149,6 +149,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     harness = Harness(model, tokenizer, args.batch_size)
     started = Path(args.output).with_suffix(".partial.json")
+    started.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict] = {"loglikelihood": {}, "generate": {}}
     if started.is_file():  # of a run that was killed; remove it to begin again
         results = json.loads(started.read_text(encoding="utf-8"))
@@ -196,7 +197,6 @@ def report(results: dict[str, dict], default: dict, args: argparse.Namespace) ->
         "tasks": results,
     }
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"Written to {output}")
 
