@@ -125,9 +125,7 @@ def move_aside_later(output_dir: str | Path, round: int) -> None:
     """
     for folder in sorted(Path(output_dir).glob("checkpoint-*")):
         if (folder / STATE_NAME).is_file() and read_state(folder, verify=False)["round"] > round:
-            aside = folder.with_name(f"superseded-{folder.name}")
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}-older")
+            aside = unused_name(folder.with_name(f"superseded-{folder.name}"))
             logger.warning("%s is of a later round than the one resumed from; it is kept as %s.", folder, aside.name)
             os.replace(folder, aside)
 
@@ -136,6 +134,13 @@ def remove_partial(output_dir: str | Path) -> None:
     """Remove what a killed save or rotation left."""
     for folder in Path(output_dir).glob(".checkpoint-*.partial"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def unused_name(path: Path) -> Path:
+    """The path, or one like it that nothing has yet: what is set aside replaces nothing."""
+    while path.exists():
+        path = path.with_name(f"{path.name}-older")
+    return path
 
 
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -162,9 +167,7 @@ def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> Path | No
         shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
         return old
-    aside = target.with_name(f"{target.name}-{label}")
-    while aside.exists():
-        aside = aside.with_name(f"{aside.name}-older")
+    aside = unused_name(target.with_name(f"{target.name}-{label}"))
     logger.warning("%s holds another state (%s); it is kept as %s.", target, label, aside.name)
     os.replace(target, aside)
     return None

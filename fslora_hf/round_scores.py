@@ -89,20 +89,23 @@ class RoundScorer:
             description="Scoring" + (f" {name}" if name else ""),
         )
         if trainer.in_run:
-            results = make_results(
-                _subject(trainer),
-                self.protocol,
-                rows,
-                scores,
-                seed=args.seed,
-                seconds=time.monotonic() - started,
-                processes=args.world_size,
-                batch_size=args.per_device_eval_batch_size,
-            )
-            label = f"round-{trainer.rounds_done:04d}" + (f".{slug([name])}" if name else "")
-            folder = Path(args.output_dir) / IN_LOOP
-            agree(lambda: write_results(folder, f"{label}.{self.protocol.name}", results, scores))
+            agree(lambda: self._write(trainer, name, scores, time.monotonic() - started))
         return _metrics(scores, prefix)
+
+    def _write(self, trainer: "FederatedSketchTrainer", name: str, scores: Scores, seconds: float) -> None:
+        args = trainer.args
+        results = make_results(
+            _subject(trainer),
+            self.protocol,
+            self.rows[name],
+            scores,
+            seed=args.seed,
+            seconds=seconds,
+            processes=args.world_size,
+            batch_size=args.per_device_eval_batch_size,
+        )
+        label = f"round-{trainer.rounds_done:04d}" + (f".{slug([name])}" if name else "")
+        write_results(Path(args.output_dir) / IN_LOOP, f"{label}.{self.protocol.name}", results, scores)
 
 
 def _have_options(rows: Dataset) -> bool:

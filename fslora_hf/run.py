@@ -21,7 +21,7 @@ from .checkpoint import (
 )
 from .clients import client_ranks
 from .config import FederatedSketchConfig
-from .evaluation.results import IN_LOOP, set_aside_later
+from .evaluation.results import IN_LOOP, quantization_of, set_aside_later
 from .ledger import LEDGER_NAME, keep_rounds
 from .rows import digest_rows
 
@@ -71,7 +71,7 @@ def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
 
 def _describe_model(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
-    bits = next((f"{bits}-bit" for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), "unquantized")
+    bits = quantization_of(model) or "unquantized"
     return f"{type(model).__name__}, {config.num_hidden_layers} layers of {config.hidden_size}, {bits}"
 
 

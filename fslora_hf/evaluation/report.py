@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-DARK, GREY, ACCENT = "#22303c", "#8a949e", "#d1490c"
+from ..report import ACCENT, DARK, GREY
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint import unused_name
 from ..data.prompts import prompt_hash
 from .outcomes import Scores, rows_hash
 
@@ -129,11 +130,8 @@ def set_aside_later(folder: str | Path, round: int) -> None:
         number = path.name.removeprefix("round-").split(".")[0]
         if number.isdigit() and int(number) > round:
             for old in (path, path.with_name(path.name.removesuffix(RESULTS) + OUTCOMES)):
-                aside = old.with_name(f"{old.name}.superseded")
-                while aside.exists():
-                    aside = aside.with_name(f"{aside.name}-older")
                 if old.exists():
-                    os.replace(old, aside)
+                    os.replace(old, unused_name(old.with_name(f"{old.name}.superseded")))
 
 
 def find_results(folder: str | Path, name: str, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -167,10 +165,14 @@ def find_results(folder: str | Path, name: str, wanted: Mapping[str, Any]) -> di
 
 def describe_model(model: PreTrainedModel) -> ModelSource:
     """A loaded base model as result files name it; its revision is the commit it was fetched at, if it was."""
-    bits = next((f"{bits}-bit" for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
     commit = getattr(model.config, "_commit_hash", None)
     dtype = str(model.dtype).removeprefix("torch.")
-    return ModelSource(model.config.name_or_path, _base_digest(model), commit, dtype, bits)
+    return ModelSource(model.config.name_or_path, _base_digest(model), commit, dtype, quantization_of(model))
+
+
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """`4-bit`, `8-bit`, or None for a model whose weights are not quantized."""
+    return next((f"{bits}-bit" for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
 
 
 def _base_digest(model: nn.Module) -> str:

@@ -85,29 +85,43 @@ def score_rows(
     if questions is None:
         questions = protocol.prepare(tokenizer, dataset, max_length or longest_row(model))
     done, attempt = agree(journal.read if journal else lambda: ({}, 1))
-    before = len(done)
     sizes = [(question.row["task"], protocol.cost(question)) for question in questions]
-    batches = _batches(sizes, set(done), batch_size)
+    batches = _batches(sizes, set(done), batch_size)[rank() :: world()]
     if journal:
         journal.open(attempt, rank())
+    folded = merged(model) if merge else nullcontext()
     try:
-        folded = merged(model) if merge else nullcontext()
         with scoring(model), folded, _Progress(len(questions), len(done), description) as progress:
-            for batch in batches[rank() :: world()]:
-                outcomes = protocol.score(model, [questions[i] for i in batch])
-                done |= dict(zip(batch, outcomes, strict=True))
-                if journal:
-                    journal.append(batch, outcomes)
-                progress.add(len(batch))
+            new = _ask(model, protocol, questions, batches, journal, progress)
     finally:
         if journal:
             journal.close()
-    done = {row: outcome for part in gather(done) for row, outcome in part.items()}
-    scores = replace(summarise(protocol.name, [done[i] for i in range(len(questions))]), resumed=before)
+    found = done | {row: outcome for part in gather(new) for row, outcome in part.items()}
+    scores = summarise(protocol.name, [found[i] for i in range(len(questions))])
+    scores = replace(scores, resumed=len(done))
     if scores.not_finite and rank() == 0:
         text = "In %d of %d questions the model computed something that is not a number; they count as wrong."
         logger.warning(text, scores.not_finite, len(questions))
     return scores
+
+
+def _ask(
+    model: nn.Module,
+    protocol: EvaluationProtocol,
+    questions: list,
+    batches: Sequence[Sequence[int]],
+    journal: Journal | None,
+    progress: "_Progress",
+) -> dict[int, Outcome]:
+    """The outcomes of this process's batches, by question."""
+    found: dict[int, Outcome] = {}
+    for batch in batches:
+        outcomes = protocol.score(model, [questions[i] for i in batch])
+        found |= dict(zip(batch, outcomes, strict=True))
+        if journal:
+            journal.append(batch, outcomes)
+        progress.add(len(batch))
+    return found
 
 
 def longest_row(model: nn.Module) -> int | None:
