@@ -141,6 +141,18 @@ def test_logits_that_are_no_numbers_count_as_wrong_and_are_reported(rows, beams,
     assert "In 1 of 4 questions the model computed something that is not a number" in caplog.text
 
 
+def test_an_answer_that_no_text_can_give_is_told_before_anything_is_written(model):
+    """Rows of one's own under a benchmark's name, whose answers the benchmark does not have."""
+    prompt = "Which?\n\nAnswer format: yes/no\n\n### Response:"
+    row = {"prompt": prompt, "completion": " yes", "answer": "yes", "task": "boolq"}
+    message = (
+        r"^Expected an answer that a text can be found to give in the task boolq, found 'yes' in row 0 \(from 0\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        score_rows(model, tokenizer(), Dataset.from_list([row]), "generate")
+    assert score_rows(model, tokenizer(), Dataset.from_list([row])).tasks["boolq"].rows == 1  # options can be scored
+
+
 def test_what_cannot_be_asked(model, rows):
     for name, values in (("num_beams", (0, 32)), ("max_new_tokens", (4, 0))):
         with pytest.raises(ValueError, match=f"^Expected {name} of at least 1, found 0: raise it"):

@@ -169,3 +169,12 @@ def test_a_protocol_needs_rows_with_options(base, tmp_path):
         FederatedSketchTrainer("unused", args, train_dataset=rows, eval_dataset=rows)
     with pytest.raises(ValueError, match="Expected eval_protocol to be one of loglikelihood, generate, loss, found"):
         FederatedSketchConfig(output_dir=str(tmp_path), eval_protocol="loglikelyhood")
+
+
+def test_a_prediction_is_not_scored(base, tmp_path):
+    """Evaluation and prediction share a loop of the Trainer; what the first asks must not stick to the second."""
+    trainer = build_trainer(*parse_recipe(KINDS[:3], recipe(base, tmp_path / "run", "--disable_tqdm", "true")))
+    assert "eval_accuracy" in trainer.evaluate()
+    trainer.args.prediction_loss_only = True
+    predicted = trainer.predict(trainer.eval_dataset).metrics
+    assert "test_loss" in predicted and "test_accuracy" not in predicted

@@ -55,6 +55,13 @@ class Generate:
         room = f" with {self.max_new_tokens} new ones"
         refuse_long([len(ids) + self.max_new_tokens for ids in given], max_length, room)
         self._tokenizer, self._answers = tokenizer, own_answers((row["task"], options(row)) for row in rows)
+        for number, row in enumerate(rows):
+            if read_answer(row["answer"], row["task"], self._answers) != row["answer"]:
+                raise ValueError(
+                    f"Expected an answer that a text can be found to give in the task {row['task']}, found "
+                    f"{row['answer']!r} in row {number} (from 0): the benchmark's tasks have answers of their own, so "
+                    "name the task otherwise."
+                )
         return [_Question(*pair) for pair in zip(rows, given, strict=True)]
 
     def cost(self, question: _Question) -> int:
