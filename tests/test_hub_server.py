@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+from tests.hub_repository import RefMoved
 from tests.hub_server import HubServer
 
 pytest_plugins = ("tests.hub_client",)
@@ -42,6 +44,14 @@ def test_a_snapshot_is_that_of_the_branch_the_tag_or_the_commit(hub, on_client):
     # A slash within the name travels percent-encoded.
     assert on_client(downloaded, "user/adapter", "rounds/0020") == (second, later)
     assert on_client(downloaded, "user/adapter") == (second, later)
+
+
+def test_a_program_with_the_environment_of_a_client_talks_to_the_test_hub(hub, client_environment, upload_mode):
+    commit = hub.add("user/it", {"n": b"1"})
+    lines = "import huggingface_hub as h; print(h.HfApi().model_info('user/it').sha, h.constants.HF_HUB_DISABLE_XET)"
+    command = [sys.executable, "-c", lines]
+    printed = subprocess.run(command, env=client_environment, capture_output=True, text=True, check=True).stdout
+    assert printed.split() == [commit, str(upload_mode == "lfs")]
 
 
 def described(repo_id: str, revision: str, repo_type: str):
@@ -191,5 +201,5 @@ def test_plain_git_reads_the_same_history():
 def test_a_tag_stays_where_it_is():
     with HubServer() as server:
         server.add("user/it", {"n": b"1"}, tag="v1")
-        with pytest.raises(subprocess.CalledProcessError):
+        with pytest.raises(RefMoved):
             server.add("user/it", {"n": b"2"}, tag="v1")
