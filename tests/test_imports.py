@@ -11,9 +11,9 @@ ROWS = [
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation"},
     {"config", "updates", "adapter", "server", "head", "layout"},
-    {"loader", "engine", "checks", "recipe"},
+    {"loader", "engine", "checks", "recipe", "hub"},
     {"run", "callbacks", "round_scores", "subjects"},
-    {"trainer", "hub"},
+    {"trainer"},
     {"launch", "scoring"},
     {"__init__"},
 ]

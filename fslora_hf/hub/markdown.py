@@ -1,0 +1,54 @@
+"""Pieces of Markdown. Names, paths and commands are the user's: each is escaped for the place it stands in."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from ..evaluation.tables import escape_markdown
+
+_TOKEN_OPTION = re.compile(r"""(--[\w-]*tok[\w-]*[=\s]+)('[^']*'|"[^"]*"|\S+)""")
+_TOKEN = re.compile(r"hf_\w{8,}")
+
+
+def one_line(text: str) -> str:
+    """Printable text without line breaks."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def without_tokens(command: str) -> str:
+    """A command line with the variable HF_TOKEN in place of every token."""
+    return _TOKEN.sub("$HF_TOKEN", _TOKEN_OPTION.sub(r"\1$HF_TOKEN", command))
+
+
+def table(lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, the first line its header; so many columns are left-aligned, the rest right."""
+    header, *rows = lines
+    rule = [":--" if column < left else "--:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def plain(text: str) -> str:
+    """Text of the user's that stays text in a line or a cell."""
+    return escape_markdown(one_line(text))
+
+
+def fenced(code: str, language: str) -> str:
+    """A code block, whatever backticks it holds."""
+    code = code.strip("\n").replace("<!-- fslora_hf:", "<!-- fslora_hf :")  # no line of it may pass for a marker
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def size(number: int) -> str:
+    """Bytes in a unit that keeps the figure short."""
+    unit, factor = ("GB", 10**9) if number >= 10**9 else ("MB", 10**6) if number >= 10**6 else ("kB", 10**3)
+    return f"{number / factor:,.{1 if number >= 10 * factor else 2}f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
