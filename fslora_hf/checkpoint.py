@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,13 @@ def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[P
     try:
         partial.mkdir(parents=True)
         yield partial
-        state = {"format": 1, "round": round, "run": dict(run), "files": _checksums(partial)}
-        (partial / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        _sync(partial)
+        write_state(partial, round, run)
+        sync_tree(partial)
         replaced = _clear_target(target, round, run)
         os.replace(partial, target)
         if replaced is not None:
             shutil.rmtree(replaced)
-        _sync_path(target.parent)
+        sync_path(target.parent)
     except (OSError, SafetensorError) as error:  # the writer of safetensors has an error of its own
         shutil.rmtree(partial, ignore_errors=True)
         number, what = getattr(error, "errno", None), getattr(error, "strerror", None) or error
@@ -57,6 +56,14 @@ def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[P
             f"Expected to write the checkpoint {target}, found '{what}': earlier checkpoints are "
             "whole; make room or mend the disk and resume with resume_from_checkpoint=True",
         ) from error
+
+
+def write_state(folder: Path, round: int, run: Mapping[str, Any], names: Collection[str] | None = None) -> None:
+    """Write the state file of a folder that is otherwise whole: the rounds it is of, whose run, and the checksums of
+    the files that are resumed from (None: of all)."""
+    files = {name: sum for name, sum in checksums(folder).items() if names is None or name in names}
+    state = {"format": 1, "round": round, "run": dict(run), "files": files}
+    (folder / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
 def read_state(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -173,7 +180,8 @@ def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> Path | No
     return None
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 in hex of every file below a folder, by its path there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
 
@@ -183,12 +191,14 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Have a folder and all below it on disk before this returns."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_path(path)
+        sync_path(path)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
