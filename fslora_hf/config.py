@@ -63,7 +63,8 @@ _REFUSED = {
     "eval_delay": _EVALUATION,
     "num_train_epochs": _LENGTH,
     "max_steps": _LENGTH,
-    "push_to_hub": "a push beside training can lose rounds unseen, so upload a finished checkpoint's folder instead",
+    "hub_strategy": "rounds are pushed, each whole, so remove it and set push_rounds",
+    "hub_always_push": "every chosen round is pushed, whatever is under way, so remove it",
     "load_best_model_at_end": "a run ends with its last round, so remove it and load the checkpoint of another round",
     "ignore_data_skip": _PLAN,
     "train_sampling_strategy": _PLAN,
@@ -100,7 +101,8 @@ _AT_LEAST = {
     **dict.fromkeys(("min_rank", "max_rank", "per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_num_beams", "eval_max_new_tokens"), 1),
     "max_length": 2,  # the shift takes the first token from the loss
-    **dict.fromkeys(("save_rounds", "eval_rounds", "seed", "learning_rate", "warmup_steps"), 0),
+    **dict.fromkeys(("save_rounds", "eval_rounds", "push_rounds"), 0),
+    **dict.fromkeys(("seed", "learning_rate", "warmup_steps"), 0),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), 0),
 }
 
@@ -208,6 +210,28 @@ class FederatedSketchConfig(SFTConfig):
         },
     )
 
+    push_rounds: int = field(
+        default=10,
+        metadata={
+            "help": "With push_to_hub, push every so many rounds and after the last, each as a commit with a tag such "
+            "as round-0010. 0: the last alone."
+        },
+    )
+    push_resume_state: bool = field(
+        default=False,
+        metadata={"help": "Push what a run is resumed from beside each round (resume_from_checkpoint hub)."},
+    )
+    push_eval_results: bool = field(
+        default=True, metadata={"help": "Push the result files of evaluated rounds, into results/ of the repository."}
+    )
+    push_eval_yaml: bool = field(
+        default=False, metadata={"help": "Push scores as .eval_results/*.yaml, too, which registered benchmarks show."}
+    )
+    hub_deadline: float = field(
+        default=600.0,
+        metadata={"help": "Seconds for the push of a round, after which it is given up and tried later."},
+    )
+
     save_strategy: str = field(default="no", metadata={"help": "Not used: see save_rounds."})
     eval_strategy: str = field(default="no", metadata={"help": "Not used: see eval_rounds."})
     average_tokens_across_devices: bool = field(
@@ -274,9 +298,10 @@ class FederatedSketchConfig(SFTConfig):
             value = getattr(self, name)
             if is_a(value, float) and not value >= least:
                 problems[name] = sentence(name, f"at least {least}", value, "raise it")
-        rate = self.server_learning_rate
-        if is_a(rate, float) and not 0 < rate < math.inf:
-            problems["server_learning_rate"] = sentence("server_learning_rate", "above 0", rate, "raise it")
+        for name in ("server_learning_rate", "hub_deadline"):
+            value = getattr(self, name)
+            if is_a(value, float) and not 0 < value < math.inf:
+                problems[name] = sentence(name, "above 0", value, "raise it" if value <= 0 else "give a finite number")
         optim = getattr(self.optim, "value", self.optim)
         if optim not in LOCAL_OPTIMIZERS:
             problems["optim"] = sentence("optim", f"one of {', '.join(LOCAL_OPTIMIZERS)}", optim, _why_not(optim))

@@ -1,7 +1,10 @@
 """From a recipe to a trained adapter: what the scripts in recipes/ have in common."""
 
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -46,7 +49,7 @@ def build_trainer(
         "dtype": model_args.dtype,
         **(args.model_init_kwargs or {}),
     }
-    return FederatedSketchTrainer(
+    trainer = FederatedSketchTrainer(
         model=model_args.model_name_or_path,
         args=args,
         train_dataset=train,
@@ -55,6 +58,19 @@ def build_trainer(
         quantization_config=get_quantization_config(model_args),
         callbacks=list(callbacks),
     )
+    trainer.card_facts = _card_facts(recipe, len(train))
+    return trainer
+
+
+def _card_facts(recipe: RecipeArguments, rows: int) -> dict[str, Any]:
+    """What the model card tells of the recipe."""
+    named = [] if recipe.dataset in ("miniature", "commonsense") or Path(recipe.dataset).exists() else [recipe.dataset]
+    return {
+        "data": f"{recipe.dataset}, {rows:,} rows",
+        "datasets": named,
+        "command": shlex.join(["accelerate", "launch", *sys.argv]),
+        "commonsense": recipe.dataset == "commonsense",
+    }
 
 
 def finish(trainer: FederatedSketchTrainer, evaluation: dict[int, float] | None = None) -> str:
@@ -63,7 +79,7 @@ def finish(trainer: FederatedSketchTrainer, evaluation: dict[int, float] | None 
     `evaluation` maps a number of finished rounds to the held-out loss then, for the figure; None takes what the
     trainer evaluated on its way.
     """
-    trainer.save_model(trainer.args.output_dir)
+    trainer.save_model(trainer.args.output_dir, _internal_call=True)  # the rounds are pushed already
     if not trainer.is_world_process_zero():
         return ""
     if evaluation is None:
@@ -72,4 +88,18 @@ def finish(trainer: FederatedSketchTrainer, evaluation: dict[int, float] | None 
     rounds = read_ledger(trainer.ledger_path)
     output_dir = Path(trainer.args.output_dir)
     plot_ledger(rounds, output_dir / "rounds.png", evaluation, title=f"{trainer.args.method}, {len(rounds)} rounds")
-    return ledger_table(rounds, every=max(1, len(rounds) // 20))
+    table = ledger_table(rounds, every=max(1, len(rounds) // 20))
+    pushed = trainer.publisher and trainer.publisher.report
+    return table if pushed is None else f"{table}\n\nOn the Hub\n{pushed}"
+
+
+def missing_rounds(trainer: FederatedSketchTrainer) -> str | None:
+    """A sentence on the rounds that should be on the Hub and are not, None if there are none."""
+    pushed = trainer.publisher and trainer.publisher.report
+    if pushed is None or not pushed.missing:
+        return None
+    return (
+        f"Expected every chosen round on the Hub, found {len(pushed.missing)} missing (rounds "
+        f"{', '.join(map(str, pushed.missing))}): send them with `python recipes/push.py {trainer.args.output_dir}`, "
+        "or do what the table above says."
+    )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from .checkpoint import (
 from .clients import client_ranks
 from .config import FederatedSketchConfig
 from .evaluation.results import IN_LOOP, quantization_of, set_aside_later
+from .hub.fetch import fetch_round, parse_source, take_in
+from .hub.outbox import OUTBOX_NAME
 from .ledger import LEDGER_NAME, keep_rounds
 from .rows import digest_rows
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IDENTITY_NAME = "federated_run.json"
+HUB_RESUME = ".hub_resume"  # in output_dir, while a run is taken up from the Hub
 
 _DEFINING_ARGUMENTS = (
     "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
@@ -88,11 +92,19 @@ def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> 
         ValueError: the folder holds another run, there is nothing to resume from, or it is of another run or damaged.
     """
     output_dir = Path(trainer.args.output_dir)
+    try:
+        return _find_start(trainer, resume, output_dir)
+    finally:
+        shutil.rmtree(output_dir / HUB_RESUME, ignore_errors=True)
+
+
+def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, output_dir: Path) -> str | None:
     if not resume:
         _refuse_occupied(output_dir)
         _begin(trainer, output_dir)
         return None
-    folder = last_checkpoint(output_dir) if resume is True else Path(resume)
+    fetched = _fetch(trainer, str(resume), output_dir)
+    folder = last_checkpoint(output_dir) if resume is True else fetched or Path(resume)
     if folder is None:
         return _start_over(trainer, output_dir)
     state = read_state(folder)
@@ -104,16 +116,29 @@ def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> 
             f"{folder}: raise num_rounds, or resume from an earlier checkpoint."
         )
     elsewhere = folder.resolve().parent != output_dir.resolve()
-    if elsewhere:
+    if elsewhere and fetched is None:
         _refuse_occupied(output_dir)
-    else:
+    elif not elsewhere:
         move_aside_later(output_dir, state["round"])
         set_aside_later(output_dir / IN_LOOP, state["round"])
     _begin(trainer, output_dir)
     held = keep_rounds(output_dir / LEDGER_NAME, state["round"], folder.parent / LEDGER_NAME if elsewhere else None)
     if held < state["round"]:
         logger.warning("The ledger holds %d of the %d rounds before %s.", held, state["round"], folder)
+    if fetched is not None:
+        folder = take_in(fetched, output_dir, f"checkpoint-{state['round'] * trainer.layout.steps_per_round}")
     return str(folder)
+
+
+def _fetch(trainer: "FederatedSketchTrainer", resume: str, output_dir: Path) -> Path | None:
+    """The folder of a checkpoint that is named by its place on the Hub, None if it is not."""
+    args = trainer.args
+    source = parse_source(resume, trainer.hub_model_id or args.hub_model_id, args.hub_revision)
+    if source is None:
+        return None
+    # A ledger beside our own folder is what a kill left of an earlier call that took the run up.
+    _refuse_occupied(output_dir, besides_ledger=(output_dir / HUB_RESUME).exists())
+    return fetch_round(*source, output_dir / HUB_RESUME, args.hub_token)
 
 
 def _warn_of_other_length(trainer: "FederatedSketchTrainer", folder: Path) -> None:
@@ -152,11 +177,12 @@ def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
     set_aside_later(output_dir / IN_LOOP, 0)
 
 
-def _refuse_occupied(output_dir: Path) -> None:
+def _refuse_occupied(output_dir: Path, besides_ledger: bool = False) -> None:
     """Only a resumed run may write where a run has written."""
     ledger = output_dir / LEDGER_NAME
-    found = [LEDGER_NAME] if ledger.exists() and ledger.stat().st_size else []
+    found = [LEDGER_NAME] if not besides_ledger and ledger.exists() and ledger.stat().st_size else []
     found += sorted(path.name for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob(IN_LOOP)])
+    found += sorted(f"{OUTBOX_NAME}/{path.name}" for path in (output_dir / OUTBOX_NAME).glob("round-*"))
     if found:
         raise ValueError(
             f"Expected an output_dir without a run, found {', '.join(found[:3])} in {output_dir}: resume that run "

@@ -74,3 +74,13 @@ def _plain_kinds(hint: Any) -> tuple[type, ...]:
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = typing.get_args(hint) if is_union else (hint,)
     return kinds if all(kind in _KINDS or kind is types.NoneType for kind in kinds) else ()
+
+
+def mask_tokens(values: Any, name: str = "") -> Any:
+    """Settings as they may be written down: texts whose name ends in `token`, at any depth, are masked."""
+    if isinstance(values, dict):
+        return {key: mask_tokens(value, str(key)) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [mask_tokens(value) for value in values]
+    is_secret = isinstance(values, str) and name.lower().endswith("token") and not values.startswith("<")
+    return f"<{name.upper()}>" if is_secret else values

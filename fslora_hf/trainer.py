@@ -6,7 +6,7 @@ Every override of a private hook of the Trainer is in this file, and was checked
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,18 @@ from .config import FederatedSketchConfig
 from .draws import seed_from
 from .engine import RoundEngine
 from .head import add_scored_head
+from .hub.publisher import RoundPublisher, find_target
 from .layout import Layout
 from .ledger import LEDGER_NAME
 from .loader import RoundBatches, RoundLoader
 from .methods import METHODS
 from .plan import ClientPlan, RoundPlan, plan_round
-from .processes import agree
+from .processes import agree, rank
 from .round_scores import RoundScorer
 from .rows import column_to_numpy, fit_rows
 from .schedule import round_schedule
 from .server import ServerState
+from .settings import mask_tokens
 from .updates import check_finite
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class FederatedSketchTrainer(SFTTrainer):
     _tag_names = ["trl", "sft", "fslora_hf"]
     _name = "Federated sketching LoRA"
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+    publisher: RoundPublisher | None = None  # of the first process, with push_to_hub
+    card_facts: Mapping[str, Any] = {}  # fields of hub.card_context.CardContext that the trainer cannot know
 
     def __init__(
         self,
@@ -113,9 +117,12 @@ class FederatedSketchTrainer(SFTTrainer):
         raise_together([*check_round_callbacks(own or 1), *problems])
         given_ids = column_to_numpy(train_dataset, args.client_id_column)
         given = ClientIndex.from_column(given_ids, args.client_id_column)
-        self._ranks = run.ranks_of_clients(args, len(given), lora.r)
-        raise_together(check_clients(args, len(given), self._ranks, lora.r))
+        self.client_ranks = run.ranks_of_clients(args, len(given), lora.r)
+        raise_together(check_clients(args, len(given), self.client_ranks, lora.r))
         self.cohort_size = args.clients_per_round or len(given)
+        if args.push_to_hub:
+            self._hub_target, reached = agree(lambda: find_target(args))
+            self.publisher = RoundPublisher(args, self._hub_target, reached) if rank() == 0 else None
         if own == 0:
             callbacks.insert(0, RoundCallback())
         # TRL rounds the adapters of quantized models to bfloat16, also one that was trained before.
@@ -177,7 +184,7 @@ class FederatedSketchTrainer(SFTTrainer):
             seed=args.seed,
             data_seed=args.data_seed,
             index=index,
-            ranks=self._ranks,
+            ranks=self.client_ranks,
             global_rank=global_rank,
             clients_per_round=self.cohort_size,
             local_steps=args.local_steps,
@@ -198,16 +205,24 @@ class FederatedSketchTrainer(SFTTrainer):
         """Run all rounds, or those that are left from a checkpoint on.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the latest finished one in `output_dir`.
+            resume_from_checkpoint: a checkpoint's folder, True for the latest finished one in `output_dir`, `hub` for
+                the latest round in the run's repository, or `owner/name@round-0010`.
         """
         self._bind_callbacks()
         checkpoint = agree(lambda: run.find_start(self, resume_from_checkpoint))
-        self._open_run()
+        ended = False
         try:
-            return super().train(checkpoint, trial, ignore_keys_for_eval)
+            agree(self._open_hub)
+            self._open_run()
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            ended = True
+            return output
         finally:
-            self._engine.stack.detach()
-            self._engine = None
+            if self._engine is not None:
+                self._engine.stack.detach()
+                self._engine = None
+            if self.publisher is not None:
+                self.publisher.close(wait=ended)
 
     def save_client_adapter(self, path: str | Path, client: ClientPlan) -> None:
         """Write what `client` would receive of the global adapter as it is now: a plain PEFT adapter of its rank."""
@@ -259,7 +274,9 @@ class FederatedSketchTrainer(SFTTrainer):
         if args.world_size > 1:
             for tensor in (*A.values(), *B.values()):
                 torch.distributed.broadcast(tensor.data, src=0)
-        stack = ClientStack(self.model, min(args.per_device_train_clients, self.cohort_size), int(self._ranks.max()))
+        stack = ClientStack(
+            self.model, min(args.per_device_train_clients, self.cohort_size), int(self.client_ranks.max())
+        )
         stack.attach()
         self._engine = RoundEngine(
             plan=self._plan,
@@ -369,6 +386,9 @@ class FederatedSketchTrainer(SFTTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             self._token_sums = torch.zeros_like(self._token_sums)
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        between = self.state.global_step == self.rounds_done * self.layout.steps_per_round
+        if between or self.control.should_training_stop:
+            self._publish()
 
     def _clip_grad_norm(self, model):
         return self._engine.stack.clip_gradients(self.args.max_grad_norm).mean()
@@ -395,6 +415,36 @@ class FederatedSketchTrainer(SFTTrainer):
             output.metrics.update(self._scorer.score(self, self._asked, kwargs.get("metric_key_prefix", "eval")))
         return output
 
+    # ---- The Hub: the publisher takes the place of all pushes of the Trainer ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        self.hub_model_id = self._hub_target.repo_id  # which was found, or made, before the model was loaded
+
+    def _open_hub(self) -> None:
+        if self.publisher is not None:
+            self.publisher.open(self, partial(run.identity, self))
+
+    def _publish(self, resumed: bool = False) -> None:
+        if self.publisher is not None:
+            self.publisher.publish(resumed)
+
+    def push_to_hub(self, commit_message=None, blocking=True, token=None, revision=None, **kwargs):
+        """Send the rounds that are still missing on the Hub; returns what became of all, a table when printed.
+
+        Rounds are pushed by `train()`; afterwards there is nothing left to do unless the Hub failed. The arguments are
+        the Trainer's and have no effect: each round's commit has a title of its own, and goes where the configuration
+        says. None in processes other than the first.
+
+        Raises:
+            ValueError: the configuration asks for no pushing.
+        """
+        if not self.args.push_to_hub:
+            raise ValueError(
+                "Expected push_to_hub=True in the configuration, found False: set it, so that rounds are kept for "
+                "pushing, or upload a checkpoint's folder with `hf upload`."
+            )
+        return None if self.publisher is None else self.publisher.push_missing()
+
     # ---- Checkpoints ----
 
     def _save_checkpoint(self, model, trial):
@@ -409,6 +459,7 @@ class FederatedSketchTrainer(SFTTrainer):
             return
         self.store_flos()
         self.create_model_card(model_name=Path(self.args.output_dir).name)
+        self._publish()  # before the checkpoint: a run that is killed in between does the round again, and pushes it
         if self.args.should_save:
             with whole_folder(target, self.rounds_done, run.identity(self)) as folder:
                 self._save(str(folder))
@@ -424,7 +475,7 @@ class FederatedSketchTrainer(SFTTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
         self.processing_class.save_pretrained(str(folder))
-        arguments = json.dumps(self.args.to_dict(), indent=2, default=_plain)
+        arguments = json.dumps(mask_tokens(self.args.to_dict()), indent=2, default=_plain)
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -444,4 +495,5 @@ class FederatedSketchTrainer(SFTTrainer):
         # The checkpoint's round counts, not its step, which another layout of processes and blocks may have written.
         self.state.global_step = self.rounds_done * self.layout.steps_per_round
         self.state.epoch = float(self.rounds_done)
+        self._publish(resumed=True)
         return self.rounds_done, 0

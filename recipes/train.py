@@ -10,7 +10,7 @@ Every setting of the YAML file can be given on the command line, too, where it t
 import sys
 
 from fslora_hf import FederatedSketchConfig
-from fslora_hf.launch import build_trainer, finish
+from fslora_hf.launch import build_trainer, finish, missing_rounds
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.settings import SettingsError
 
@@ -25,6 +25,7 @@ def main() -> None:
     table = finish(trainer)
     if trainer.is_world_process_zero():
         print(f"\n{table}\n\nAdapter, ledger and figure: {args.output_dir}")
+        sys.exit(missing_rounds(trainer))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ def test_the_defaults_are_the_papers_algorithm():
         "client_weighting": "uniform",
         "save_rounds": 10,
         "eval_rounds": 0,
+        "push_rounds": 10,
+        "push_resume_state": False,
+        "push_eval_results": True,
+        "push_eval_yaml": False,
+        "hub_deadline": 600.0,
         "eval_protocol": None,
         "eval_num_beams": 4,
         "eval_max_new_tokens": 32,
@@ -104,9 +109,14 @@ REFUSALS = [
     ({"num_train_epochs": 1}, f"num_train_epochs to be left at 3.0, found 1: {LENGTH}."),
     ({"max_steps": 10}, f"max_steps to be left at -1, found 10: {LENGTH}."),
     (
-        {"push_to_hub": True},
-        "push_to_hub to be left at False, found True: "
-        "a push beside training can lose rounds unseen, so upload a finished checkpoint's folder instead.",
+        {"push_to_hub": True, "hub_always_push": True},
+        "hub_always_push to be left at False, found True: "
+        "every chosen round is pushed, whatever is under way, so remove it.",
+    ),
+    (
+        {"hub_strategy": "end"},
+        "hub_strategy to be left at 'every_save', found 'end': "
+        "rounds are pushed, each whole, so remove it and set push_rounds.",
     ),
     (
         {"load_best_model_at_end": True},
@@ -198,7 +208,9 @@ REFUSALS = [
     ({"learning_rate": float("nan")}, "learning_rate to be at least 0, found nan: raise it."),
     ({"learning_rate": "1e-4"}, "learning_rate to be a number, found '1e-4': write a number without quotes."),
     ({"server_learning_rate": 0}, "server_learning_rate to be above 0, found 0: raise it."),
-    ({"server_learning_rate": float("inf")}, "server_learning_rate to be above 0, found inf: raise it."),
+    ({"server_learning_rate": float("inf")}, "server_learning_rate to be above 0, found inf: give a finite number."),
+    ({"hub_deadline": 0.0}, "hub_deadline to be above 0, found 0.0: raise it."),
+    ({"hub_deadline": float("inf")}, "hub_deadline to be above 0, found inf: give a finite number."),
     ({"use_cpu": "yes"}, "use_cpu to be true or false, found 'yes': write true or false without quotes."),
     ({"client_id_column": 3}, "client_id_column to be a text, found 3: write a text."),
     ({"method": "fslor"}, "method to be one of fslora, fedit, found 'fslor': did you mean fslora."),

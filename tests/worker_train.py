@@ -12,7 +12,8 @@
     operations        path; the disk operations of the watched round are written there, one a line
     watch             [first, last): optimizer steps of this process in which disk operations are counted, and the
                       beginning of the last; first = -1 is the moment before train()
-    kill              {"operation": n} at the n-th of them, or {"event": "on_substep_end", "step": n} in the n-th step
+    kill              {"operation": n} at the n-th of them, or at the first of that text, or
+                      {"event": "on_substep_end", "step": n} in the n-th step
 """
 
 import io
@@ -138,14 +139,14 @@ class Killer(TrainerCallback):
 
 
 class DiskOperations:
-    """Numbers everything this process does to the files under `root` while armed; SIGKILL at number `kill_at`.
+    """Numbers everything this process does to the files under `root` while armed; SIGKILL at number or text `kill_at`.
 
     A number stands for the moment before an operation, and for three moments within one: a file exists but is empty;
     half of its first write is there; half of what a native writer (safetensors, torch.save) wrote is there. A kill
     spares what the kernel has been given, so synchronising is no moment of its own.
     """
 
-    def __init__(self, root, kill_at: int | None = None):
+    def __init__(self, root, kill_at: int | str | None = None):
         self.root, self.kill_at = os.path.abspath(root), kill_at
         self.armed, self.log = False, []
         sys.addaudithook(self._audit)
@@ -158,7 +159,7 @@ class DiskOperations:
         if not self.armed or place is None:
             return
         self.log.append(f"{what} {place}")
-        if len(self.log) == self.kill_at:
+        if self.kill_at in (len(self.log), self.log[-1]):
             if tear:
                 os.truncate(os.path.join(self.root, place), os.path.getsize(os.path.join(self.root, place)) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
