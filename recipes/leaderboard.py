@@ -2,8 +2,10 @@
 
     python recipes/leaderboard.py PATH [PATH ...] [--metric accuracy] [--reference NAME] [--output_dir DIR]
 
-A PATH is a `*.results.json` or a folder that is searched for them at any depth. The table is printed; with
-`--output_dir` it is written there, too, as leaderboard.txt, .md, .csv and .html (a page that needs no network).
+A PATH is a `*.results.json`, a folder that is searched for them at any depth, a data set of results on the Hub
+(`hf://datasets/owner/name`), or a model there whose rounds were evaluated (`hf://owner/name`); `@revision` may follow.
+The table is printed; with `--output_dir` it is written there, too, as leaderboard.txt, .md, .csv and .html (a page
+that needs no network).
 """
 
 import argparse
@@ -11,10 +13,11 @@ import os
 import sys
 from pathlib import Path
 
-from fslora_hf.evaluation.entries import METRICS, read_results
+from fslora_hf.evaluation.entries import METRICS
 from fslora_hf.evaluation.leaderboard import Leaderboard, rank
 from fslora_hf.evaluation.page import to_html
 from fslora_hf.evaluation.tables import CSV_START, MARK, to_csv, to_markdown, to_text
+from fslora_hf.hub.results import read_all
 
 # How each file is made, and what it holds early on by which we know it for ours.
 WRITERS = {
@@ -28,7 +31,7 @@ EARLY = 2000  # characters
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="a results file, or a folder to search for them")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="a results file, a folder, or an address on the Hub")
     parser.add_argument("--metric", default="accuracy", choices=METRICS, help="what to rank by")
     parser.add_argument("--reference", help="compare with this entry, by name or file; the best one if left out")
     parser.add_argument("--allow_other_prompts", action="store_true", help="rank entries whose prompts differ, too")
@@ -67,7 +70,7 @@ def _is_ours(path: Path, mark: str) -> bool:
 def main() -> None:
     options = parse()
     try:
-        entries = read_results(options.paths)
+        entries = read_all(options.paths)
         leaderboard = rank(entries, options.metric, options.reference, options.allow_other_prompts)
         print(to_text(leaderboard))
         if options.output_dir:
