@@ -76,7 +76,7 @@ def test_python_blocks_run_in_order(model, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_train_command_runs(model, tmp_path):
-    (command,) = [block for block in blocks("sh") if "recipes/train.py" in block]
+    command = next(block for block in blocks("sh") if "recipes/train.py" in block)
     words = shlex.split(
         command.replace("\\\n", " ").replace("MODEL", model).replace("outputs/mine", str(tmp_path / "r"))
     )
