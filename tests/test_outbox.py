@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -203,3 +205,52 @@ def test_the_target_is_noted_without_a_token(tmp_path):
     (tmp_path / "target.json").write_text("[]")
     with pytest.raises(ValueError, match="found damage"):
         outbox.read_target()
+
+
+def test_what_the_hub_refused_or_someone_damaged_is_replaced(tmp_path):
+    """To run the round again is the remedy that both are told."""
+    outbox = Outbox(tmp_path)
+    assert outbox.claim(outbox.add(1, tree()))
+    outbox.release(outbox.get(1))
+    assert not outbox.get(1).sent and outbox.add(1, tree(b"other")).weights != outbox.add(2, tree()).weights
+    assert outbox.claim(outbox.get(2))
+    (tmp_path / "round-0002" / "files" / "rounds.jsonl").write_text("edited")
+    again = outbox.add(2, tree())
+    assert not again.sent and outbox.is_whole(again)
+
+
+def test_a_claim_sees_what_became_of_the_snapshot(tmp_path):
+    outbox = Outbox(tmp_path)
+    first = outbox.add(1, tree())
+    outbox.add(1, tree(b"other"))
+    assert not outbox.claim(first) and not outbox.get(1).sent
+    outbox.mark_pushed(outbox.get(1), "c" * 40)
+    outbox.release(first)
+    assert outbox.get(1).status == "pushed" and outbox.get(1).sent
+
+
+def test_room_is_left_for_checkpoints(tmp_path, monkeypatch):
+    outbox = Outbox(tmp_path)
+    size = sum(path.stat().st_size for path in outbox.add(1, tree()).tree.rglob("*") if path.is_file())
+    free = shutil.disk_usage(tmp_path)._replace(free=4 * size - 1)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(OSError, match="^.*Expected to keep round 2 in .*, found 'less room on the disk") as caught:
+        outbox.add(2, tree())
+    assert caught.value.errno == errno.ENOSPC and names(tmp_path) == ["round-0001"]
+
+
+def test_two_processes_do_not_change_it_at_once(tmp_path):
+    """While one holds the outbox, another's claim waits."""
+    outbox = Outbox(tmp_path)
+    snapshot = outbox.add(1, tree())
+    code = "from fslora_hf.hub.outbox import Outbox; import sys; outbox = Outbox(sys.argv[1], tidy=False)\n"
+    code += "print(input(), outbox.claim(outbox.get(1)), flush=True)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other.stdin.write("claimed\n")
+    with outbox._locked():
+        other.stdin.flush()
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(5)
+        assert not outbox.get(1).sent
+    assert other.communicate(timeout=60)[0] == "claimed True\n" and outbox.get(1).sent and not snapshot.sent

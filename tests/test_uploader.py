@@ -200,6 +200,7 @@ def test_content_that_the_hub_refuses_is_reported_and_later_rounds_go_on(
     assert (
         missing == [1] and f"{sentence} ({status if pattern == 'commit' else ''}" in table and "it is wrong" in table
     )
+    assert not outbox.get(1).sent  # no such commit can land, so that the round may be run again
     assert on_client(push_all, outbox.folder)[0] == []  # beside `main`, which stays the second
     assert_on_hub(hub, outbox, 1, 2)
 

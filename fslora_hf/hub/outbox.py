@@ -224,9 +224,8 @@ class Outbox:
             os.replace(made.folder, target)
         else:
             there = _read(target)
-            if there.digest == made.digest:
-                return there
-            if there.status == "pushed" or (there.sent and self.is_whole(there)):
+            stands = there.status == "pushed" or self.is_whole(there)
+            if stands and (there.sent or there.digest == made.digest):
                 _warn_of_other_weights(there, made)
                 return there
             old = target.with_name(f".{target.name}.replaced")
