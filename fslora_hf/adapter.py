@@ -85,10 +85,19 @@ class ClientStack:
         model: a PEFT model whose `adapter_name` is the global adapter.
         max_clients: most clients in a block.
         max_rank: largest rank of any client.
+        trains: the sides of the pair that clients train; the other is frozen.
     """
 
-    def __init__(self, model: PeftModel, max_clients: int, max_rank: int, adapter_name: str = "default"):
+    def __init__(
+        self,
+        model: PeftModel,
+        max_clients: int,
+        max_rank: int,
+        adapter_name: str = "default",
+        trains: Sequence[str] = ("A", "B"),
+    ):
         self._layers = lora_layers(model, adapter_name)
+        self._trains = tuple(trains)
         self._adapter_name = adapter_name
         self._shape = max_clients, max_rank
         self._variant = StackedLora()
@@ -102,8 +111,8 @@ class ClientStack:
         for layer in self._layers.values():
             A, B = layer.lora_A[self._adapter_name].weight, layer.lora_B[self._adapter_name].weight
             self._hooks.append(layer.register_state_dict_post_hook(_leave_clients_out))
-            layer.client_A = nn.Parameter(A.new_zeros(clients, rank, A.shape[1]))
-            layer.client_B = nn.Parameter(B.new_zeros(clients, B.shape[0], rank))
+            layer.client_A = nn.Parameter(A.new_zeros(clients, rank, A.shape[1]), "A" in self._trains)
+            layer.client_B = nn.Parameter(B.new_zeros(clients, B.shape[0], rank), "B" in self._trains)
             A.requires_grad_(False)
             B.requires_grad_(False)
 
@@ -158,11 +167,21 @@ class ClientStack:
             B[name] = layer.client_B.detach()[slot, :, :rank].clone()
         return ClientAdapter(A, B, received.scale)
 
+    def received(self, slot: int) -> ClientAdapter:
+        """What the client in `slot` was loaded with."""
+        return self._received[slot]
+
     def change(self, slot: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """What local training changed in the client of `slot`: module name -> A `[k, in]`, and -> B `[out, k]`."""
+        """What local training changed in the client of `slot`: module name -> A `[k, in]`, and -> B `[out, k]`.
+
+        A frozen side is empty.
+        """
         received, current = self._received[slot], self.current(slot)
-        A = {name: tensor.sub_(received.A[name]) for name, tensor in current.A.items()}
-        return A, {name: tensor.sub_(received.B[name]) for name, tensor in current.B.items()}
+        A, B = (
+            {name: tensor.sub_(old[name]) for name, tensor in new.items()} if side in self._trains else {}
+            for side, new, old in (("A", current.A, received.A), ("B", current.B, received.B))
+        )
+        return A, B
 
     def parameters(self) -> list[nn.Parameter]:
         """The stacked parameters, `[clients, k_max, in]` and `[clients, out, k_max]` by turns."""

@@ -11,9 +11,10 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from .evaluation.results import PROTOCOLS
+from .methods import METHODS as METHOD_CLASSES
 from .settings import SettingsError, default_of, did_you_mean, field_problems, is_a, sentence
 
-METHODS = ("fslora", "fedit")
+METHODS = tuple(METHOD_CLASSES)
 RANK_DISTRIBUTIONS = ("homogeneous", "uniform", "normal", "heavy_tail_low")
 EVAL_PROTOCOLS = (*PROTOCOLS, "loss")
 SERVER_OPTIMIZERS = ("sgd", "sgd_momentum", "adam", "adamw")
@@ -136,7 +137,13 @@ class FederatedSketchConfig(SFTConfig):
         },
     )
     method: str = field(
-        default="fslora", metadata={"help": "What clients receive and how it is averaged.", "choices": METHODS}
+        default="fslora",
+        metadata={
+            "help": "What clients receive and how it is averaged: random sketches (fslora), the whole adapter "
+            "(fedit), its first rows weighted by norm (hetlora), the best part of averaged products (flexlora), or B "
+            "alone (ffa_lora).",
+            "choices": METHODS,
+        },
     )
     client_id_column: str = field(
         default="client_id", metadata={"help": "Integer column of the training data that says whose a row is."}
@@ -247,6 +254,7 @@ class FederatedSketchConfig(SFTConfig):
         self._normalise()
         problems = field_problems(self, besides={"resume_from_checkpoint"}) | self._wrong_values() | self._refusals()
         sentences = [*problems.values(), *self._contradictions(problems.keys())]
+        sentences += self._server_contradictions(problems.keys())
         launcher = self._launcher_problems()
         # The classes above check the rest, and must not stumble over what is already known to be wrong.
         for each in fields(self):
@@ -340,6 +348,21 @@ class FederatedSketchConfig(SFTConfig):
         elif law == "homogeneous" and low != high:
             remedy = "remove it, or choose a rank_distribution under which ranks differ"
             yield sentence("min_rank", f"unset or equal to max_rank ({high}) for homogeneous ranks", low, remedy)
+
+    def _server_contradictions(self, known_wrong: Set[str]) -> Iterator[str]:
+        """Server settings that have no meaning for the method."""
+        names = {"method", "server_optim", "server_learning_rate"}
+        if known_wrong & names or not METHOD_CLASSES[self.method].new_basis:
+            return
+        remedy = (
+            f"{self.method} writes the adapter in another basis each round, in which neither a part of a step nor "
+            "moments of earlier rounds mean anything, so remove it"
+        )
+        if self.server_optim != "sgd":
+            yield sentence("server_optim", f"sgd with method={self.method}", self.server_optim, remedy)
+        elif self.resolved_server_learning_rate != 1.0:
+            rate = self.server_learning_rate
+            yield sentence("server_learning_rate", f"1 or unset with method={self.method}", rate, remedy)
 
     def _launcher_problems(self) -> list[str]:
         """What `accelerate launch` was told to do and cannot, by the environment it leaves."""

@@ -9,7 +9,7 @@ import torch
 
 from .adapter import ClientStack
 from .layout import Layout
-from .methods import ClientUpdate, Method
+from .methods import ClientUpdate, FlatTensors, Method
 from .plan import ClientPlan, RoundPlan
 from .server import ServerState
 from .updates import RefusedUpdate
@@ -43,9 +43,10 @@ class RoundEngine:
     ):
         self.plan, self.layout, self.method, self.server, self.stack = plan, layout, method, server, stack
         self._transforms, self._sum, self._gather = transforms, sum_over_processes, gather
-        self._accumulator = method.accumulator(server)
-        self._outcomes: list[tuple[int, float, float, str | None]] = []
+        self._accumulator: FlatTensors | None = None
+        self._outcomes: list[tuple[int, float, float, float, str | None]] = []
         self._block: tuple[ClientPlan, ...] = ()
+        self._positions: dict[int, int] = {}
         self._losses = torch.zeros(0)
         self._wave = 0
         self.round = 0
@@ -53,9 +54,11 @@ class RoundEngine:
     def begin_round(self, round: int) -> RoundPlan:
         """Start a round with an empty accumulator."""
         self.round, self._started = round, time.monotonic()
-        self._accumulator.flat.zero_()
+        plan = self.plan(round)
+        self._accumulator = self.method.accumulator(self.server, plan.clients)
+        self._positions = {client.client_id: position for position, client in enumerate(plan.clients)}
         self._outcomes = []
-        return self.plan(round)
+        return plan
 
     def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
         """Load the next block of clients, each with a fresh sketch of the global adapter; returns the block."""
@@ -78,16 +81,22 @@ class RoundEngine:
         """Take the block's updates out of the model, fold the accepted ones, and leave the global adapter active."""
         losses = (self._losses / self.layout.local_steps).tolist()
         for slot, (client, loss) in enumerate(zip(self._block, losses, strict=True)):
-            update = ClientUpdate(*self.stack.change(slot), client.weight, client.sketch)
-            norm, reason = update.norm().item(), None
+            update = self._update(slot, client)
+            norm, weight, reason = update.norm().item(), 0.0, None
             try:
                 for transform in self._transforms:
                     update = transform(update)
                 self.method.accumulate(self._accumulator, update)
+                weight = self.method.weigh(update)
             except RefusedUpdate as refusal:
                 reason = str(refusal)
-            self._outcomes.append((client.client_id, loss, norm, reason))
+            self._outcomes.append((client.client_id, loss, norm, weight, reason))
         self.abandon()
+
+    def _update(self, slot: int, client: ClientPlan) -> ClientUpdate:
+        A, B = self.stack.change(slot)
+        position = self._positions[client.client_id]
+        return ClientUpdate(A, B, client.weight, client.sketch, self.stack.received(slot), position)
 
     def abandon(self) -> None:
         """Leave the block without folding it, the global adapter active."""
@@ -98,24 +107,26 @@ class RoundEngine:
         """Sum the folds of all processes, take the server's step, and return the round's ledger record."""
         self._sum(self._accumulator.flat)
         outcomes = {outcome[0]: outcome[1:] for outcome in self._gather(self._outcomes)}
-        self.server.step(self.method.finish(self.server, self._accumulator))
-        plan = self.plan(self.round)
-        accepted = math.fsum(c.weight for c in plan.clients if outcomes[c.client_id][2] is None)
-        size = self.server.bytes_per_rank
-        moved = sum(client.rank for client in plan.clients) * size
-        refused = {c.client_id: outcomes[c.client_id][2] for c in plan.clients if outcomes[c.client_id][2]}
+        change, self._accumulator = self.method.finish(self.server, self._accumulator), None
+        self.server.step(change)
+        clients = self.plan(self.round).clients
+        losses, norms, parts, reasons = zip(*(outcomes[client.client_id] for client in clients), strict=True)
+        accepted = math.fsum(parts)
+        moved = [self.method.bytes_moved(self.server, client) for client in clients]
+        refusals = [(client.client_id, reason) for client, reason in zip(clients, reasons, strict=True) if reason]
         return {
             "round": self.round,
-            "learning_rate": plan.learning_rate,
-            "clients": [client.client_id for client in plan.clients],
-            "ranks": [client.rank for client in plan.clients],
-            "weights": [0.0 if c.client_id in refused else c.weight / accepted for c in plan.clients],
-            "losses": [_finite(outcomes[client.client_id][0]) for client in plan.clients],
-            "update_norms": [_finite(outcomes[client.client_id][1]) for client in plan.clients],
-            "refused": [{"client_id": client_id, "reason": reason} for client_id, reason in refused.items()],
-            "bytes_down": moved,
-            "bytes_up": moved,
-            "bytes_full_rank": 2 * len(plan.clients) * self.server.rank * size,
+            "learning_rate": self.plan(self.round).learning_rate,
+            "clients": [client.client_id for client in clients],
+            "ranks": [client.rank for client in clients],
+            "weights": [part / accepted if part else 0.0 for part in parts],
+            "losses": [_finite(loss) for loss in losses],
+            "update_norms": [_finite(norm) for norm in norms],
+            "refused": [{"client_id": client_id, "reason": reason} for client_id, reason in refusals],
+            "bytes_down": sum(down for down, _ in moved),
+            "bytes_up": sum(up for _, up in moved),
+            "bytes_full_rank": 2 * len(clients) * self.server.rank * self.server.bytes_per_rank,
+            **self.method.notes(),
             "seconds": round(time.monotonic() - self._started, 3),
         }
 

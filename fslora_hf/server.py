@@ -48,12 +48,15 @@ class ServerState:
 
     @torch.no_grad()
     def step(self, update: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None) -> None:
-        """Apply the average update of A and B, the negative of a gradient; None (no usable update) changes nothing."""
+        """Apply the average update of A and B, the negative of a gradient; None (no usable update) changes nothing.
+
+        What the update leaves out has no gradient, and so neither a step nor a state.
+        """
         if update is None:
             return
-        for tensors, change in ((self.A, update[0]), (self.B, update[1])):
-            for module, tensor in tensors.items():
-                tensor.grad = -change[module]
+        for tensors, changes in ((self.A, update[0]), (self.B, update[1])):
+            for module, change in changes.items():
+                tensors[module].grad = -change
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -274,14 +274,14 @@ class FederatedSketchTrainer(SFTTrainer):
         if args.world_size > 1:
             for tensor in (*A.values(), *B.values()):
                 torch.distributed.broadcast(tensor.data, src=0)
-        stack = ClientStack(
-            self.model, min(args.per_device_train_clients, self.cohort_size), int(self.client_ranks.max())
-        )
+        method = METHODS[args.method]()
+        slots = min(args.per_device_train_clients, self.cohort_size)
+        stack = ClientStack(self.model, slots, int(self.client_ranks.max()), trains=method.trains)
         stack.attach()
         self._engine = RoundEngine(
             plan=self._plan,
             layout=self.layout,
-            method=METHODS[args.method](),
+            method=method,
             server=ServerState(A, B, args.server_optim, args.resolved_server_learning_rate),
             stack=stack,
             transforms=(check_finite,),

@@ -1,7 +1,8 @@
-"""The slow twin: a federated sketching run with plain PEFT and torch.optim, one client at a time.
+"""The slow twin: a federated run with plain PEFT and torch.optim, one client at a time.
 
-Written from the published contract (a round's plan, the initial global adapter, the prepared data set), not from the
-trainer. Every client gets its own copy of the base with an ordinary adapter of rank k, and full logits.
+Written from the published contract (a round's plan, the initial global adapter, the prepared data set) and the papers,
+not from the trainer. Every client gets its own copy of the base with an ordinary adapter of rank k, and full logits;
+what a method does with products is done with the products themselves, `[out, in]`.
 
 An adapter is `{module name: (A [rank, in], B [out, rank])}`, the name as it was before PEFT wrapped the model.
 """
@@ -14,36 +15,98 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Returned = list[tuple[object, Adapter, Adapter]]  # of each client of a round: its plan, what it received, what it held
 
 
 def replay(base, lora_config, start: Adapter, dataset, plans, args, clip_log: list | None = None) -> list[Adapter]:
     """The global adapter after each of the rounds `plans`, starting from `start`; `base` is left as it is.
 
-    `args` needs what any `TrainingArguments` has, and `server_optim`, `server_learning_rate`. `clip_log` collects the
-    gradient norm of every local step as it was before clipping.
+    `args` needs what any `TrainingArguments` has, and `method`, `server_optim`, `server_learning_rate`. `clip_log`
+    collects the gradient norm of every local step as it was before clipping.
     """
     state = {name: [half.clone().requires_grad_() for half in pair] for name, pair in start.items()}
     server = server_optimizer([half for pair in state.values() for half in pair], args)
+    restrict, aggregate = METHODS[args.method]
     after_rounds = []
     for plan in plans:
-        average = {name: [torch.zeros_like(half) for half in pair] for name, pair in state.items()}
+        now = {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in state.items()}
+        returned = []
         for client in plan.clients:
-            held = {name: (a.detach()[i], b.detach()[:, i]) for name, (a, b), i in sketched(state, client)}
+            held = restrict(now, client)
             trained = train_client(base, lora_config, held, dataset, client, plan.learning_rate, args, clip_log)
-            for name, (a, b), i in sketched(average, client):
-                a[i] += client.weight * (trained[name][0] - held[name][0])
-                b[:, i] += client.weight * (trained[name][1] - held[name][1])
+            returned.append((client, held, trained))
+        changes = aggregate(now, returned)
         for name, pair in state.items():
-            for half, change in zip(pair, average[name], strict=True):
+            for half, change in zip(pair, changes[name], strict=True):
                 half.grad = -change
         server.step()
         after_rounds.append({name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in state.items()})
     return after_rounds
 
 
-def sketched(pairs, client):
-    """Each module's name, pair and index set of this client."""
-    return [(name, pair, torch.as_tensor(client.sketch(name))) for name, pair in pairs.items()]
+# ---- Methods: what a client receives of the global pairs, and how the global pairs change by what clients return ----
+
+
+def sketched(pairs, client) -> Adapter:
+    """The client's rows and columns of every pair."""
+    chosen = {name: torch.as_tensor(client.sketch(name)) for name in pairs}
+    return {name: (a[chosen[name]], b[:, chosen[name]]) for name, (a, b) in pairs.items()}
+
+
+def mean_of_sketches(now: Adapter, returned: Returned) -> Adapter:
+    average = {name: (torch.zeros_like(a), torch.zeros_like(b)) for name, (a, b) in now.items()}
+    for client, held, trained in returned:
+        for name, (a, b) in average.items():
+            i = torch.as_tensor(client.sketch(name))
+            a[i] += client.weight * (trained[name][0] - held[name][0])
+            b[:, i] += client.weight * (trained[name][1] - held[name][1])
+    return average
+
+
+def first_part(pairs, client) -> Adapter:
+    return {name: (a[: client.rank], b[:, : client.rank]) for name, (a, b) in pairs.items()}
+
+
+def mean_by_norm(now: Adapter, returned: Returned) -> Adapter:
+    """HetLoRA: padded with zeros up to the largest rank of the round, weighted by the norm of all products."""
+    norms = [torch.cat([(b @ a).flatten() for a, b in trained.values()]).norm() for _, _, trained in returned]
+    parts = torch.stack([client.weight * n for (client, _, _), n in zip(returned, norms, strict=True)])
+    parts, result = parts / parts.sum(), {}
+    for name, (a, b) in now.items():
+        new_a, new_b, most = a.clone(), b.clone(), max(client.rank for client, _, _ in returned)
+        new_a[:most], new_b[:, :most] = 0.0, 0.0
+        for part, (client, _, trained) in zip(parts, returned, strict=True):
+            new_a[: client.rank] += part * trained[name][0]
+            new_b[:, : client.rank] += part * trained[name][1]
+        result[name] = new_a - a, new_b - b
+    return result
+
+
+def mean_product(now: Adapter, returned: Returned) -> Adapter:
+    """FlexLoRA: singular values of the dense average; where they are zero, A keeps its rows and B has none."""
+    result = {}
+    for name, (a, b) in now.items():
+        product = sum(client.weight * trained[name][1] @ trained[name][0] for client, _, trained in returned)
+        u, s, vh = torch.linalg.svd(product)
+        new_a, new_b = a.clone(), torch.zeros_like(b)
+        for j in range(min(len(a), len(s))):
+            if s[j] > 1e-13 * s[0]:
+                sign = vh[j][vh[j].abs().argmax()].sign()
+                new_a[j], new_b[:, j] = sign * s[j].sqrt() * vh[j], sign * s[j].sqrt() * u[:, j]
+        result[name] = new_a - a, new_b - b
+    return result
+
+
+METHODS = {
+    "fslora": (sketched, mean_of_sketches),
+    "fedit": (sketched, mean_of_sketches),
+    "hetlora": (first_part, mean_by_norm),
+    "flexlora": (first_part, mean_product),
+    "ffa_lora": (sketched, mean_of_sketches),
+}
+
+
+# ---- One client ----
 
 
 def train_client(base, lora_config, held: Adapter, dataset, client, learning_rate, args, clip_log=None) -> Adapter:
@@ -52,7 +115,10 @@ def train_client(base, lora_config, held: Adapter, dataset, client, learning_rat
     `client.example_ids` is `[local_steps, per_device_train_batch_size * gradient_accumulation_steps]`.
     """
     rank = len(next(iter(held.values()))[0])
-    model = rank_k_model(base, lora_config, held, rank)
+    model = rank_k_model(base, lora_config, held, rank, client_scale(lora_config, args.method, rank))
+    if args.method == "ffa_lora":
+        for _, layer in lora_layers(model):
+            layer.lora_A["default"].weight.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = client_optimizer(parameters, learning_rate, args)
     for step in client.example_ids.tolist():
@@ -68,13 +134,22 @@ def train_client(base, lora_config, held: Adapter, dataset, client, learning_rat
     return read_adapter(model)
 
 
-def rank_k_model(base, lora_config, held: Adapter, rank: int):
-    """A copy of the base with `held` as a plain adapter of rank k, whose scale is r/k times the global one."""
-    r, alpha = lora_config.r, lora_config.lora_alpha
-    scale = alpha / math.sqrt(r) if lora_config.use_rslora else alpha / r
+def global_scale(lora_config) -> float:
+    """The LoRA scale of the global adapter, alpha / r or alpha / sqrt(r)."""
+    return lora_config.lora_alpha / (math.sqrt(lora_config.r) if lora_config.use_rslora else lora_config.r)
+
+
+def client_scale(lora_config, method: str, rank: int) -> float:
+    """A sketch makes up for the rows it leaves out; a truncated adapter keeps the global scale."""
+    return global_scale(lora_config) * (lora_config.r / rank if method == "fslora" else 1.0)
+
+
+def rank_k_model(base, lora_config, held: Adapter, rank: int, scale: float | None = None):
+    """A copy of the base with `held` as a plain adapter of rank k, whose scale is that of a sketch unless given."""
+    scale = client_scale(lora_config, "fslora", rank) if scale is None else scale
     config = LoraConfig(
-        r=rank, lora_alpha=scale * r, target_modules=lora_config.target_modules, task_type="CAUSAL_LM"
-    )  # PEFT divides alpha by k: the scale is (scale of the global adapter) * r / k
+        r=rank, lora_alpha=scale * rank, target_modules=lora_config.target_modules, task_type="CAUSAL_LM"
+    )  # PEFT divides alpha by k
     model = get_peft_model(copy.deepcopy(base), config)
     write_adapter(model, held)
     return model.train()

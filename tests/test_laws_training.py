@@ -127,6 +127,89 @@ COVERING = {
         },
         {"zero_b": False},
     ),
+    "hetlora, sgd from zero B, accumulated, not clipped": (
+        {
+            "method": "hetlora",
+            "optim": "sgd",
+            "learning_rate": 0.2,
+            "max_grad_norm": 0.0,
+            "gradient_accumulation_steps": 2,
+            "client_ranks": RANKS,
+        },
+        {},
+    ),
+    "hetlora, adamw, clipped, decayed, part of the clients, by examples, server adamw, blocks of 2": (
+        {
+            "method": "hetlora",
+            "optim": "adamw_torch",
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.05,
+            "clients_per_round": 2,
+            "client_weighting": "num_examples",
+            "server_optim": "adamw",
+            "client_ranks": [1, 2, 4, 5, 3],
+            "per_device_train_clients": 2,
+            "num_rounds": 5,
+        },
+        {"rslora": True, "zero_b": False},
+    ),
+    "flexlora, sgd from zero B, accumulated, not clipped": (
+        {
+            "method": "flexlora",
+            "optim": "sgd",
+            "learning_rate": 0.2,
+            "max_grad_norm": 0.0,
+            "gradient_accumulation_steps": 2,
+            "client_ranks": RANKS,
+        },
+        {},
+    ),
+    "flexlora, adamw, clipped, decayed, by examples, blocks of 3": (
+        {
+            "method": "flexlora",
+            "optim": "adamw_torch",
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.05,
+            "client_weighting": "num_examples",
+            "client_ranks": RANKS,
+            "per_device_train_clients": 3,
+            "num_rounds": 4,
+        },
+        {"rslora": True, "zero_b": False},
+    ),
+    "flexlora, cohorts of a smaller rank than the adapter, blocks of 2": (
+        {
+            "method": "flexlora",
+            "optim": "adamw_torch",
+            "clients_per_round": 2,
+            "client_ranks": [1, 2, 2, 1, 3],
+            "per_device_train_clients": 2,
+            "num_rounds": 5,
+        },
+        {},
+    ),
+    "ffa_lora, adamw, clipped, decayed, accumulated, server adam, blocks of 2": (
+        {
+            "method": "ffa_lora",
+            "optim": "adamw_torch",
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.05,
+            "gradient_accumulation_steps": 2,
+            "server_optim": "adam",
+            "per_device_train_clients": 2,
+        },
+        {"rslora": True, "zero_b": False},
+    ),
+    "ffa_lora, sgd from zero B, not clipped, by examples": (
+        {
+            "method": "ffa_lora",
+            "optim": "sgd",
+            "learning_rate": 0.2,
+            "max_grad_norm": 0.0,
+            "client_weighting": "num_examples",
+        },
+        {},
+    ),
 }
 
 
@@ -220,7 +303,7 @@ def test_the_twin_at_full_rank_is_plain_peft_training():
     steps = np.arange(12).reshape(3, 4)
     args = SimpleNamespace(
         optim="sgd", weight_decay=0.0, max_grad_norm=1.0, per_device_train_batch_size=2, server_optim="sgd",
-        server_learning_rate=None,
+        server_learning_rate=None, method="fslora",
     )  # fmt: skip
     client = SimpleNamespace(weight=1.0, example_ids=steps, sketch=lambda module: np.arange(6))
     plan = SimpleNamespace(clients=[client], learning_rate=0.2)

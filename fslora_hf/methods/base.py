@@ -6,12 +6,15 @@ processes are summed before `finish` turns the sum into the change of the global
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+
+# Module name -> change of A `[rank, in]`, and module name -> change of B `[out, rank]`.
+PairChange = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 class ServerPair(Protocol):
@@ -49,16 +52,29 @@ class ClientUpdate:
     """What a client sends back: the change of what it held.
 
     Attributes:
-        A: module name -> `[k, in]`.
-        B: module name -> `[out, k]`.
+        A: module name -> `[k, in]`; empty if the method does not train A.
+        B: module name -> `[out, k]`; empty if the method does not train B.
         weight: the client's share of the round's average.
         sketch: module name -> int64 indices `[k]`.
+        received: what the client started the round with.
+        position: the client's place in its cohort, from 0.
     """
 
     A: dict[str, torch.Tensor]
     B: dict[str, torch.Tensor]
     weight: float
     sketch: Callable[[str], np.ndarray]
+    received: ClientAdapter
+    position: int
+
+    @property
+    def returned(self) -> ClientAdapter:
+        """The adapter the client ends the round with: what it received and the change, module by module."""
+        A, B = (
+            {module: start + change[module] if module in change else start for module, start in received.items()}
+            for received, change in ((self.received.A, self.A), (self.received.B, self.B))
+        )
+        return ClientAdapter(A, B, self.received.scale)
 
     def norm(self) -> torch.Tensor:
         """Frobenius norm over all modules, in float64 so that a sum of finite values stays finite (scalar tensor)."""
@@ -79,36 +95,76 @@ class FlatTensors(dict[str, torch.Tensor]):
 
 
 class Method:
-    """A federated LoRA method. Subclasses write `receive` and `accumulate`; `finish` is a weighted mean by default."""
+    """A federated LoRA method. Subclasses write `receive` and `accumulate`; `finish` is a weighted mean by default.
+
+    Attributes:
+        full_rank_only: every client must have the global rank.
+        trains: the sides of the pair that clients train and send; the other stays what it is when a run begins.
+        new_basis: `finish` writes the pair in another basis each round, so that only plain averaging (a server step
+            of the whole difference, without memory) makes sense.
+    """
 
     full_rank_only = False
+    trains: tuple[str, ...] = ("A", "B")
+    new_basis = False
 
     def receive(self, state: ServerPair, client: SketchedClient, sketch: Callable[[str], np.ndarray]) -> ClientAdapter:
         """What `client` starts the round with, as tensors of its own (never views of the server's)."""
         raise NotImplementedError
 
-    def accumulator(self, state: ServerPair) -> FlatTensors:
-        """Zeros that `accumulate` adds to: the shapes of the global pair, and the accepted weight."""
+    def accumulator(self, state: ServerPair, cohort: Sequence[SketchedClient]) -> FlatTensors:
+        """Zeros that `accumulate` adds to: the shapes of the sides that are trained, and the accepted weight."""
+        return zeros_like_pair(state, self.mean_shapes(state))
+
+    def mean_shapes(self, state: ServerPair) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the default `finish` divides, by name: `weight`, and `<module>.A`, `<module>.B`."""
         shapes: dict[str, tuple[int, ...]] = {"weight": (1,)}
         for module in state.A:
-            shapes[f"{module}.A"], shapes[f"{module}.B"] = tuple(state.A[module].shape), tuple(state.B[module].shape)
-        some = next(iter(state.A.values()))
-        return FlatTensors(shapes, some.dtype, some.device)
+            shapes |= {f"{module}.{side}": tuple(getattr(state, side)[module].shape) for side in self.trains}
+        return shapes
+
+    def weigh(self, update: ClientUpdate) -> float:
+        """The client's part in the average, before all parts are divided by their sum."""
+        return update.weight
 
     def accumulate(self, accumulator: FlatTensors, update: ClientUpdate) -> None:
         """Add one client's update, in place."""
         raise NotImplementedError
 
-    def finish(
-        self, state: ServerPair, accumulator: FlatTensors
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
+    def finish(self, state: ServerPair, accumulator: FlatTensors) -> PairChange | None:
         """The average update of A and of B (module name -> the global pair's shapes), None if no update came.
 
-        The mean is over the accepted weight, so that refused updates leave the others' shares in proportion.
+        The mean is over the accepted weight, so that refused updates leave the others' shares in proportion. A side
+        that is not trained is left out.
         """
         weight = accumulator["weight"]
         if weight.item() == 0.0:
             return None
-        A = {module: accumulator[f"{module}.A"] / weight for module in state.A}
-        B = {module: accumulator[f"{module}.B"] / weight for module in state.B}
+        A, B = (
+            {module: accumulator[f"{module}.{side}"] / weight for module in state.A} if side in self.trains else {}
+            for side in ("A", "B")
+        )
         return A, B
+
+    def bytes_moved(self, state: ServerPair, client: SketchedClient) -> tuple[int, int]:
+        """Bytes that cross the wire in a round, to `client` and back: its part of the sides that are trained."""
+        pair = [tensor for side in self.trains for tensor in getattr(state, side).values()]
+        moved = client.rank * sum(tensor.numel() // state.rank * tensor.element_size() for tensor in pair)
+        return moved, moved
+
+    def notes(self) -> dict[str, float]:
+        """Numbers of the last `finish` that the round ledger shall hold, by name."""
+        return {}
+
+
+def zeros_like_pair(state: ServerPair, shapes: Mapping[str, tuple[int, ...]]) -> FlatTensors:
+    """Zeros of these shapes, of the global pair's type and on its device."""
+    some = next(iter(state.A.values()))
+    return FlatTensors(shapes, some.dtype, some.device)
+
+
+def first_rows(state: ServerPair, rank: int) -> ClientAdapter:
+    """Copies of the first `rank` rows of A and columns of B, at the global adapter's own scale."""
+    A = {module: tensor[:rank].detach().clone() for module, tensor in state.A.items()}
+    B = {module: tensor[:, :rank].detach().clone() for module, tensor in state.B.items()}
+    return ClientAdapter(A, B, scale=1.0)

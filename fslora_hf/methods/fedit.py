@@ -3,7 +3,7 @@
 Federated averaging of A and of B: every client trains the whole pair, so all clients have the global rank.
 """
 
-from .base import ClientAdapter, Method
+from .base import Method, first_rows
 
 
 class FedIT(Method):
@@ -12,11 +12,10 @@ class FedIT(Method):
     full_rank_only = True
 
     def receive(self, state, client, sketch):
-        A = {module: tensor.clone() for module, tensor in state.A.items()}
-        return ClientAdapter(A, {module: tensor.clone() for module, tensor in state.B.items()}, scale=1.0)
+        return first_rows(state, state.rank)
 
     def accumulate(self, accumulator, update):
         accumulator["weight"] += update.weight
-        for module in update.A:
-            accumulator[f"{module}.A"].add_(update.A[module], alpha=update.weight)
-            accumulator[f"{module}.B"].add_(update.B[module], alpha=update.weight)
+        for side, changes in (("A", update.A), ("B", update.B)):
+            for module, change in changes.items():
+                accumulator[f"{module}.{side}"].add_(change, alpha=update.weight)
