@@ -76,6 +76,10 @@ RANKS = {
         {"method": "fedit", "max_rank": 4},
         "Expected every client to have the global rank 6 with method=fedit, found ranks 4 to 4: .*method=fslora",
     ),
+    "unequal ranks in ffa_lora": (
+        {"method": "ffa_lora", "client_ranks": [6, 6, 4, 6, 2]},
+        "Expected every client to have the global rank 6 with method=ffa_lora, found ranks 2 to 6: .*method=fslora",
+    ),
 }
 
 

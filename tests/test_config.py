@@ -98,6 +98,11 @@ def test_the_servers_rate_depends_on_its_optimizer(optimizer, rate, resolved):
     assert make(server_optim=optimizer, server_learning_rate=rate).resolved_server_learning_rate == resolved
 
 
+NEW_BASIS = (
+    "flexlora writes the adapter in another basis each round, in which neither a part of a step nor moments of "
+    "earlier rounds mean anything, so remove it."
+)
+
 # Every refusal, word by word: what was expected, what was found and how to mend it.
 REFUSALS = [
     ({"save_strategy": "steps"}, f"save_strategy to be left at 'no', found 'steps': {ROUND_ENDS}."),
@@ -213,8 +218,26 @@ REFUSALS = [
     ({"hub_deadline": float("inf")}, "hub_deadline to be above 0, found inf: give a finite number."),
     ({"use_cpu": "yes"}, "use_cpu to be true or false, found 'yes': write true or false without quotes."),
     ({"client_id_column": 3}, "client_id_column to be a text, found 3: write a text."),
-    ({"method": "fslor"}, "method to be one of fslora, fedit, found 'fslor': did you mean fslora."),
-    ({"method": "xyz"}, "method to be one of fslora, fedit, found 'xyz': choose one of these."),
+    (
+        {"method": "fslor"},
+        "method to be one of fslora, fedit, hetlora, flexlora, ffa_lora, found 'fslor': did you mean fslora.",
+    ),
+    (
+        {"method": "xyz"},
+        "method to be one of fslora, fedit, hetlora, flexlora, ffa_lora, found 'xyz': choose one of these.",
+    ),
+    (
+        {"method": "flexlora", "server_optim": "adam"},
+        f"server_optim to be sgd with method=flexlora, found 'adam': {NEW_BASIS}",
+    ),
+    (
+        {"method": "flexlora", "server_optim": "sgd_momentum", "server_learning_rate": 0.5},
+        f"server_optim to be sgd with method=flexlora, found 'sgd_momentum': {NEW_BASIS}",
+    ),
+    (
+        {"method": "flexlora", "server_learning_rate": 0.5},
+        f"server_learning_rate to be 1 or unset with method=flexlora, found 0.5: {NEW_BASIS}",
+    ),
     (
         {"rank_distribution": "gaussian"},
         "rank_distribution to be one of homogeneous, uniform, normal, heavy_tail_low, found 'gaussian': "
@@ -283,6 +306,8 @@ def test_every_refused_setting_has_a_case_above():
         {"router_aux_loss_coef": 0.0, "label_smoothing_factor": 0.0, "deepspeed": None, "max_steps": -1},
         {"rank_distribution": "normal", "min_rank": 1, "max_rank": 8, "clients_per_round": 3},
         {"max_rank": 4, "min_rank": 4, "save_rounds": 0, "max_length": None, "warmup_steps": 0.1},
+        {"method": "flexlora", "server_optim": "sgd", "server_learning_rate": 1.0},
+        {"method": "hetlora", "server_optim": "adam", "server_learning_rate": 0.5},
         {"torch_compile": False, "neftune_noise_alpha": 5, "data_seed": 3, "resume_from_checkpoint": "a/path"},
     ],
 )

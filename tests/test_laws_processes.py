@@ -23,25 +23,32 @@ ARGS = {
     "server_optim": "adamw",
 }
 LORA = {"rslora": True}
+METHODS = {  # what differs from the arguments above
+    "fslora": {},
+    "hetlora": {"server_optim": "sgd_momentum"},
+    "flexlora": {"server_optim": "sgd"},
+    "ffa_lora": {"client_ranks": None},
+}
 
 
-@pytest.fixture(scope="module")
-def one_client_a_step(tmp_path_factory):
-    """The sequential run: its folder and its final global adapter."""
+@pytest.fixture(scope="module", params=METHODS)
+def one_client_a_step(request, tmp_path_factory):
+    """The sequential run of a method: its arguments, its folder and its final global adapter."""
+    args = {**ARGS, "method": request.param, **METHODS[request.param]}
     folder = tmp_path_factory.mktemp("sequential")
-    trainer = build(folder, {**ARGS, "per_device_train_clients": 1}, LORA)
+    trainer = build(folder, {**args, "per_device_train_clients": 1}, LORA)
     start = reference.read_adapter(trainer.model)
     trainer.train()
     end = reference.read_adapter(trainer.model)
     assert trainer.state.global_step == 3 * 5 * 2  # rounds x blocks x local steps
     assert reference.max_difference(start, end) > 1e-3
-    return folder, end
+    return args, folder, end
 
 
 @pytest.mark.parametrize("block, steps", [(2, 18), (3, 12), (5, 6), (8, 6)])
 def test_law_2_blocks(one_client_a_step, tmp_path, block, steps):
-    folder, end = one_client_a_step
-    trainer = build(tmp_path, {**ARGS, "per_device_train_clients": block}, LORA)
+    args, folder, end = one_client_a_step
+    trainer = build(tmp_path, {**args, "per_device_train_clients": block}, LORA)
     trainer.train()
     assert trainer.state.global_step == steps
     assert reference.max_difference(reference.read_adapter(trainer.model), end) < EXACT
@@ -50,10 +57,10 @@ def test_law_2_blocks(one_client_a_step, tmp_path, block, steps):
 
 @pytest.mark.slow
 def test_law_2_two_processes(one_client_a_step, tmp_path):
-    folder, end = one_client_a_step
+    args, folder, end = one_client_a_step
     job = {
         "output_dir": str(tmp_path / "run"),
-        "args": {**ARGS, "per_device_train_clients": 2},
+        "args": {**args, "per_device_train_clients": 2},
         "lora": LORA,
         "dtype": "float64",
         "result": str(tmp_path / "end"),

@@ -118,6 +118,29 @@ def test_law_3_killed_in_a_local_step(uninterrupted, fork, tmp_path, event, step
     check_same_end(tmp_path, whole, ROUNDS - step // STEPS)
 
 
+METHODS = {
+    "hetlora": {},
+    "flexlora": {"server_optim": "sgd"},
+    "ffa_lora": {"client_ranks": None},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_law_3_of_every_method(fork, tmp_path, method):
+    """Killed in the last step before a round closes, and killed again between the next round's two clients."""
+    args = {**ARGS, "method": method, **METHODS[method]}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    kill = {"event": "on_optimizer_step", "step": 2 * STEPS - 1}
+    codes = fork(job(whole, args=args), job(stopped, args=args, kill=kill))
+    assert codes == [0, -signal.SIGKILL]
+    again = {"event": "on_step_begin", "step": STEPS + LOCAL_STEPS}
+    assert fork(job(stopped, args=args, resume=True, kill=again)) == [-signal.SIGKILL]
+    assert fork(job(stopped, args=args, resume=True)) == [0]
+    check_same_end(stopped, whole, 1)
+
+
 @pytest.mark.slow
 def test_law_3_killed_twice(uninterrupted, fork, tmp_path):
     whole, _ = uninterrupted

@@ -402,8 +402,17 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-def test_law_8_a_checkpoint_is_a_plain_adapter(tmp_path):
-    trainer, start, seen = trained(tmp_path, {"save_rounds": 2, "client_ranks": RANKS}, {"rslora": True})
+METHODS = {
+    "fslora": {"client_ranks": RANKS},
+    "hetlora": {"client_ranks": RANKS},
+    "flexlora": {"client_ranks": RANKS},
+    "ffa_lora": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_law_8_a_checkpoint_is_a_plain_adapter(tmp_path, method):
+    trainer, start, seen = trained(tmp_path, {"save_rounds": 2, "method": method, **METHODS[method]}, {"rslora": True})
     checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     assert len(checkpoints) == 2  # after the second round and after the last
     for folder, after in zip(checkpoints, (seen[2], seen[3]), strict=True):
@@ -416,20 +425,24 @@ def test_law_8_a_checkpoint_is_a_plain_adapter(tmp_path):
     torch.testing.assert_close(logits(trainer.model.merge_and_unload()), expected, rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_law_8_a_clients_adapter_is_a_plain_adapter_of_its_rank(tmp_path, rslora):
-    """W0 + scale * r/k * B[:, I] A[I, :], by hand into the base's weights, is what plain PEFT makes of the export."""
-    trainer, _, seen = trained(tmp_path, {"client_ranks": RANKS}, {"rslora": rslora})
+@pytest.mark.parametrize("method, rslora", [("fslora", False), *((method, True) for method in METHODS)])
+def test_law_8_a_clients_adapter_is_a_plain_adapter_of_its_rank(tmp_path, method, rslora):
+    """The client's part of the global adapter, by hand into the base's weights: what plain PEFT makes of the export.
+
+    In fslora, W0 + scale * r/k * B[:, I] A[I, :]; else W0 + scale * B[:, :k] A[:k, :].
+    """
+    trainer, _, seen = trained(tmp_path, {"method": method, **METHODS[method]}, {"rslora": rslora})
     scale, r = 12 / math.sqrt(6) if rslora else 12 / 6, 6
     full = logits(trainer.model)
     clients = trainer.round_plan(1).clients
-    assert sorted(client.rank for client in clients) == sorted(RANKS)
+    assert sorted(client.rank for client in clients) == sorted(METHODS[method].get("client_ranks", [r] * 5))
     for client in clients:
         trainer.save_client_adapter(tmp_path / str(client.client_id), client)
         by_hand = tiny.base_model()
         for name, (a, b) in seen[-1].items():
-            chosen = torch.as_tensor(client.sketch(name))
-            by_hand.get_submodule(name).weight.data += scale * r / client.rank * b[:, chosen] @ a[chosen]
+            k = client.rank
+            chosen, factor = (client.sketch(name), r / k) if method == "fslora" else (np.arange(k), 1.0)
+            by_hand.get_submodule(name).weight.data += scale * factor * b[:, chosen] @ a[chosen]
         model = peft.PeftModel.from_pretrained(tiny.base_model(), tmp_path / str(client.client_id))
         assert all(a.shape[0] == client.rank == b.shape[1] for a, b in reference.read_adapter(model).values())
         torch.testing.assert_close(logits(model), logits(by_hand), rtol=0, atol=EXACT)
