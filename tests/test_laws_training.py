@@ -177,10 +177,12 @@ COVERING = {
         },
         {"rslora": True, "zero_b": False},
     ),
-    "flexlora, cohorts of a smaller rank than the adapter, blocks of 2": (
+    "flexlora, a first round at rate zero, cohorts of a smaller rank than the adapter, blocks of 2": (
         {
             "method": "flexlora",
             "optim": "adamw_torch",
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 1,
             "clients_per_round": 2,
             "client_ranks": [1, 2, 2, 1, 3],
             "per_device_train_clients": 2,

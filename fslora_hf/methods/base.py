@@ -124,7 +124,7 @@ class Method:
         return shapes
 
     def weigh(self, update: ClientUpdate) -> float:
-        """The client's part in the average, before all parts are divided by their sum."""
+        """The client's part in the average; all parts are divided by their sum, here and in the ledger's `weights`."""
         return update.weight
 
     def accumulate(self, accumulator: FlatTensors, update: ClientUpdate) -> None:
