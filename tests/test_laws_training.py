@@ -202,8 +202,9 @@ COVERING = {
         },
         {"rslora": True, "zero_b": False},
     ),
-    "ffa_lora, sgd from zero B, not clipped, by examples": (
+    "ffa_lora, sgd from zero B, not clipped, by examples, recomputed activations": (
         {
+            "activation_checkpointing": True,
             "method": "ffa_lora",
             "optim": "sgd",
             "learning_rate": 0.2,
