@@ -14,7 +14,7 @@ from .adapter import global_pair, lora_layers
 from .clients import read_column
 from .config import FederatedSketchConfig
 from .data.commonsense import COLUMNS as OPTION_COLUMNS
-from .methods import METHODS
+from .methods import method_class
 from .rows import survey_rows
 
 
@@ -98,7 +98,7 @@ def check_clients(args: FederatedSketchConfig, clients: int, ranks: np.ndarray, 
             f"Expected client ranks from 1 to the global rank {global_rank}, found {ranks.min()} to {highest}: "
             "lower client_ranks or max_rank, or raise the LoRA rank r."
         )
-    if METHODS[args.method].full_rank_only and (ranks != global_rank).any():
+    if method_class(args.method).full_rank_only and (ranks != global_rank).any():
         yield (
             f"Expected every client to have the global rank {global_rank} with method={args.method}, found ranks "
             f"{ranks.min()} to {ranks.max()}: give all clients the global rank, or use method=fslora."

@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from .evaluation.results import PROTOCOLS
 from .methods import METHODS as METHOD_CLASSES
+from .methods import MethodError, method_class
 from .settings import SettingsError, default_of, did_you_mean, field_problems, is_a, sentence
 
 METHODS = tuple(METHOD_CLASSES)
@@ -141,8 +142,8 @@ class FederatedSketchConfig(SFTConfig):
         metadata={
             "help": "What clients receive and how it is averaged: random sketches (fslora), the whole adapter "
             "(fedit), its first rows weighted by norm (hetlora), the best part of averaged products (flexlora), or B "
-            "alone (ffa_lora).",
-            "choices": METHODS,
+            "alone (ffa_lora); or a class in a file of your own, as module:Class.",
+            "metavar": f"{{{','.join(METHODS)},MODULE:CLASS}}",
         },
     )
     client_id_column: str = field(
@@ -310,6 +311,11 @@ class FederatedSketchConfig(SFTConfig):
             value = getattr(self, name)
             if is_a(value, float) and not 0 < value < math.inf:
                 problems[name] = sentence(name, "above 0", value, "raise it" if value <= 0 else "give a finite number")
+        try:
+            if isinstance(self.method, str):
+                method_class(self.method)
+        except MethodError as error:
+            problems["method"] = str(error)
         optim = getattr(self.optim, "value", self.optim)
         if optim not in LOCAL_OPTIMIZERS:
             problems["optim"] = sentence("optim", f"one of {', '.join(LOCAL_OPTIMIZERS)}", optim, _why_not(optim))
@@ -352,7 +358,7 @@ class FederatedSketchConfig(SFTConfig):
     def _server_contradictions(self, known_wrong: Set[str]) -> Iterator[str]:
         """Server settings that have no meaning for the method."""
         names = {"method", "server_optim", "server_learning_rate"}
-        if known_wrong & names or not METHOD_CLASSES[self.method].new_basis:
+        if known_wrong & names or not method_class(self.method).new_basis:
             return
         remedy = (
             f"{self.method} writes the adapter in another basis each round, in which neither a part of a step nor "

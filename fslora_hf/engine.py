@@ -9,7 +9,8 @@ import torch
 
 from .adapter import ClientStack
 from .layout import Layout
-from .methods import ClientUpdate, FlatTensors, Method
+from .methods import ClientAdapter, ClientUpdate, FlatTensors, Method
+from .methods.contract import check_accumulator, check_change, check_received, check_weight
 from .plan import ClientPlan, RoundPlan
 from .server import ServerState
 from .updates import RefusedUpdate
@@ -55,7 +56,7 @@ class RoundEngine:
         """Start a round with an empty accumulator."""
         self.round, self._started = round, time.monotonic()
         plan = self.plan(round)
-        self._accumulator = self.method.accumulator(self.server, plan.clients)
+        self._accumulator = check_accumulator(self.method, self.method.accumulator(self.server, plan.clients))
         self._positions = {client.client_id: position for position, client in enumerate(plan.clients)}
         self._outcomes = []
         return plan
@@ -63,9 +64,13 @@ class RoundEngine:
     def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
         """Load the next block of clients, each with a fresh sketch of the global adapter; returns the block."""
         self._wave, self._block = wave, self.layout.block(self.plan(self.round), wave)
-        self.stack.load([self.method.receive(self.server, client, client.sketch) for client in self._block])
+        self.stack.load([self._receive(client) for client in self._block])
         self._losses = torch.zeros(len(self._block), dtype=torch.float64)
         return self._block
+
+    def _receive(self, client: ClientPlan) -> ClientAdapter:
+        adapter = self.method.receive(self.server, client, client.sketch)
+        return check_received(self.method, self.server, client, adapter)
 
     def record_loss(self, losses: torch.Tensor) -> None:
         """Add each client's share of its step loss, `[clients]`; a step's micro-batches add up to its token mean."""
@@ -87,7 +92,7 @@ class RoundEngine:
                 for transform in self._transforms:
                     update = transform(update)
                 self.method.accumulate(self._accumulator, update)
-                weight = self.method.weigh(update)
+                weight = check_weight(self.method, client, self.method.weigh(update))
             except RefusedUpdate as refusal:
                 reason = str(refusal)
             self._outcomes.append((client.client_id, loss, norm, weight, reason))
@@ -108,7 +113,7 @@ class RoundEngine:
         self._sum(self._accumulator.flat)
         outcomes = {outcome[0]: outcome[1:] for outcome in self._gather(self._outcomes)}
         change, self._accumulator = self.method.finish(self.server, self._accumulator), None
-        self.server.step(change)
+        self.server.step(check_change(self.method, self.server, change))
         clients = self.plan(self.round).clients
         losses, norms, parts, reasons = zip(*(outcomes[client.client_id] for client in clients), strict=True)
         accepted = math.fsum(parts)

@@ -44,7 +44,8 @@ from .hub.publisher import RoundPublisher, find_target
 from .layout import Layout
 from .ledger import LEDGER_NAME
 from .loader import RoundBatches, RoundLoader
-from .methods import METHODS
+from .methods import method_class
+from .methods.contract import check_received
 from .plan import ClientPlan, RoundPlan, plan_round
 from .processes import agree, rank
 from .round_scores import RoundScorer
@@ -227,7 +228,8 @@ class FederatedSketchTrainer(SFTTrainer):
     def save_client_adapter(self, path: str | Path, client: ClientPlan) -> None:
         """Write what `client` would receive of the global adapter as it is now: a plain PEFT adapter of its rank."""
         server = ServerState(*global_pair(self.model))
-        received = METHODS[self.args.method]().receive(server, client, client.sketch)
+        method = method_class(self.args.method)()
+        received = check_received(method, server, client, method.receive(server, client, client.sketch))
         save_client_adapter(path, received, self.model.peft_config["default"])
 
     @property
@@ -274,7 +276,7 @@ class FederatedSketchTrainer(SFTTrainer):
         if args.world_size > 1:
             for tensor in (*A.values(), *B.values()):
                 torch.distributed.broadcast(tensor.data, src=0)
-        method = METHODS[args.method]()
+        method = method_class(args.method)()
         slots = min(args.per_device_train_clients, self.cohort_size)
         stack = ClientStack(self.model, slots, int(self.client_ranks.max()), trains=method.trains)
         stack.attach()

@@ -220,11 +220,13 @@ REFUSALS = [
     ({"client_id_column": 3}, "client_id_column to be a text, found 3: write a text."),
     (
         {"method": "fslor"},
-        "method to be one of fslora, fedit, hetlora, flexlora, ffa_lora, found 'fslor': did you mean fslora.",
+        "method to be one of fslora, fedit, hetlora, flexlora, ffa_lora or module:Class, found 'fslor': did you mean "
+        "fslora.",
     ),
     (
         {"method": "xyz"},
-        "method to be one of fslora, fedit, hetlora, flexlora, ffa_lora, found 'xyz': choose one of these.",
+        "method to be one of fslora, fedit, hetlora, flexlora, ffa_lora or module:Class, found 'xyz': choose one of "
+        "these.",
     ),
     (
         {"method": "flexlora", "server_optim": "adam"},

@@ -56,7 +56,7 @@ def test_python_blocks_run_in_order(model, tmp_path, monkeypatch, capsys):
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     namespace = {"__name__": "readme"}
     code = [block.replace("MODEL", model) for block in blocks("python")]
-    assert len(code) == 4
+    assert len(code) == 5
     for block in code:
         exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102
     assert "[" in capsys.readouterr().out  # the sketch that was printed
@@ -76,13 +76,31 @@ def test_python_blocks_run_in_order(model, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_train_command_runs(model, tmp_path):
-    command = next(block for block in blocks("sh") if "recipes/train.py" in block)
+    (command,) = [block for block in blocks("sh") if "recipes/train.py" in block and "outputs/mine" in block]
     words = shlex.split(
         command.replace("\\\n", " ").replace("MODEL", model).replace("outputs/mine", str(tmp_path / "r"))
     )
     assert words[:3] == ["accelerate", "launch", "--config_file"]
     shorter = ["--num_rounds", "1", "--local_steps", "1", "--train_rows_per_task", "24"]
     assert "Adapter, ledger and figure" in launch(*words[4:], *shorter)
+
+
+@pytest.mark.slow
+def test_own_method_runs_from_the_folder_it_is_in(model, tmp_path):
+    """Its file in an empty folder, and the command run there."""
+    (example,) = [block for block in blocks("python") if "(Method)" in block]
+    assert len(example.splitlines()) < 30 and "a file `my_methods.py`" in TEXT
+    (tmp_path / "my_methods.py").write_text(example)
+    (command,) = [block for block in blocks("sh") if "--method" in block]
+    words = shlex.split(command.replace("\\\n", " ").replace("MODEL", model))
+    words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words]
+    shorter = ["--num_rounds", "2", "--local_steps", "1", "--train_rows_per_task", "24"]
+    assert "Adapter, ledger and figure" in launch(*words[4:], *shorter, cwd=tmp_path)
+    output = tmp_path / "outputs" / "holders"
+    assert json.loads((output / "federated_run.json").read_text())["method"] == "my_methods:MeanOfHolders"
+    records = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and all(min(record["update_norms"]) > 0 for record in records)
+    assert len({rank for record in records for rank in record["ranks"]}) > 1
 
 
 @pytest.mark.slow

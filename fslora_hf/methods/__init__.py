@@ -1,11 +1,26 @@
-"""Federated LoRA methods, one paper a file. `METHODS` names those a configuration may ask for."""
+"""Federated LoRA methods, one paper a file. `METHODS` names the built-in ones; `method_class` also finds a user's."""
 
-from .base import ClientAdapter, ClientUpdate, FlatTensors, Method, PairChange, ServerPair
+import re
+
+from ..settings import did_you_mean, sentence
+from .base import (
+    ClientAdapter,
+    ClientUpdate,
+    FlatTensors,
+    Method,
+    PairChange,
+    ServerPair,
+    SketchedClient,
+    first_rows,
+    zeros_like_pair,
+)
+from .contract import MethodError
 from .fedit import FedIT
 from .ffa_lora import FFALoRA
 from .flexlora import FlexLoRA
 from .fslora import FSLoRA
 from .hetlora import HetLoRA
+from .own import load_class
 
 METHODS: dict[str, type[Method]] = {
     "fslora": FSLoRA,
@@ -14,6 +29,23 @@ METHODS: dict[str, type[Method]] = {
     "flexlora": FlexLoRA,
     "ffa_lora": FFALoRA,
 }
+
+
+def method_class(name: str) -> type[Method]:
+    """The class that `name` stands for: a built-in by its name, or one in a user's own file as `module:Class`.
+
+    Raises:
+        MethodError: a ValueError that says what was expected, what was found and how to mend it.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if ":" in name:
+        return load_class(name)
+    remedy = did_you_mean(name, METHODS)
+    if re.fullmatch(r"\w+(\.\w+)+", name):
+        remedy = f"write {':'.join(name.rsplit('.', 1))} if it is a class of yours"
+    raise MethodError(sentence("method", f"one of {', '.join(METHODS)} or module:Class", name, remedy))
+
 
 __all__ = [
     "METHODS",
@@ -26,6 +58,11 @@ __all__ = [
     "FSLoRA",
     "HetLoRA",
     "Method",
+    "MethodError",
     "PairChange",
     "ServerPair",
+    "SketchedClient",
+    "first_rows",
+    "method_class",
+    "zeros_like_pair",
 ]

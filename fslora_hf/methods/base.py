@@ -28,8 +28,9 @@ class ServerPair(Protocol):
 class SketchedClient(Protocol):
     """The part of a client's plan that a method may read."""
 
+    client_id: int
     rank: int
-    weight: float
+    weight: float  # its share of the round's average; the shares of a cohort sum to 1
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,38 @@ class FlatTensors(dict[str, torch.Tensor]):
             {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
         )
 
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        """Write `value` into the buffer: another tensor in its place would be missing from the sum of processes."""
+        if value is not self[name]:  # `tensors[name] += x` has written already
+            self[name].copy_(value)
+
 
 class Method:
-    """A federated LoRA method. Subclasses write `receive` and `accumulate`; `finish` is a weighted mean by default.
+    """A federated LoRA method. A subclass writes `receive` and `accumulate`; `finish` is a weighted mean by default.
+
+    In a round, every process makes an `accumulator` for the whole cohort. Each client of it is given what `receive`
+    returns, trains it, and comes back as a `ClientUpdate`, which the process that trained it passes to `accumulate`,
+    unless it was refused. The accumulators of all processes are then summed, and every process calls `finish` on the
+    sum and takes the server's step with the change that it returns.
+
+    | a subclass writes | is given | returns |
+    |---|---|---|
+    | `receive` | global pair, client of rank k, its sketch | A `[k, in]`, B `[out, k]` of every module, scale |
+    | `accumulate` | the accumulator, a client's change A `[k, in]`, B `[out, k]` | nothing: adds in place |
+    | and, where the defaults do not fit: | | |
+    | `accumulator` | global pair, the cohort | `FlatTensors` of zeros, of any shapes that the cohort decides |
+    | `finish` | global pair, the sum of all accumulators | change of A `[r, in]`, of B `[out, r]`, or None |
+    | `weigh` | a client's change | its part in the average, at least 0 |
+    | `bytes_moved` | global pair, a client | bytes down, bytes up |
+    | `notes` | | numbers for the ledger, by names that it does not have |
+
+    Axes: `r` is the rank of the global adapter, `k` the client's, `in` and `out` the features of the module that the
+    pair is added to, `W x + s * scale * B A x` with `s` the global adapter's LoRA scale. Modules are named as they
+    were before PEFT wrapped the model, as in `model.layers.0.self_attn.q_proj`. All tensors have the type (float32 or
+    float64) and device of the global pair, which no method may write to.
+
+    One instance, made without arguments, serves a whole run; after an interruption a new one serves the rest, so what
+    a method must remember from round to round has no place in its attributes. `contract.py` checks what is returned.
 
     Attributes:
         full_rank_only: every client must have the global rank.
@@ -109,11 +139,27 @@ class Method:
     new_basis = False
 
     def receive(self, state: ServerPair, client: SketchedClient, sketch: Callable[[str], np.ndarray]) -> ClientAdapter:
-        """What `client` starts the round with, as tensors of its own (never views of the server's)."""
+        """What `client` starts the round with, as tensors of its own (never views of the server's).
+
+        Args:
+            state: the global pair, module name -> A `[r, in]` and B `[out, r]`.
+            client: whom it is for; k is `client.rank`.
+            sketch: module name -> sorted int64 indices `[k]` below r, drawn at random for this client and round. Use
+                them for rows of A and columns of B, or leave them.
+
+        Returns:
+            A `[k, in]` and B `[out, k]` of every module, also of a side that is not trained, and the client's factor
+            on the LoRA scale.
+        """
         raise NotImplementedError
 
     def accumulator(self, state: ServerPair, cohort: Sequence[SketchedClient]) -> FlatTensors:
-        """Zeros that `accumulate` adds to: the shapes of the sides that are trained, and the accepted weight."""
+        """Zeros that `accumulate` adds to, the same shapes in every process.
+
+        The default is what `finish` divides: `<module>.A` `[r, in]` and `<module>.B` `[out, r]` of the sides that are
+        trained, and `weight` `[1]`. What cannot be summed is given a slot for each client of `cohort`, which only that
+        client fills (`update.position`).
+        """
         return zeros_like_pair(state, self.mean_shapes(state))
 
     def mean_shapes(self, state: ServerPair) -> dict[str, tuple[int, ...]]:
@@ -128,14 +174,21 @@ class Method:
         return update.weight
 
     def accumulate(self, accumulator: FlatTensors, update: ClientUpdate) -> None:
-        """Add one client's update, in place."""
+        """Add one client's update, in place and so that the order of clients does not matter.
+
+        Args:
+            accumulator: what `accumulator` returned, perhaps with other clients in it. With the default `finish`, add
+                the update times `update.weight`, and `update.weight` to `weight`.
+            update: the client's change, A `[k, in]` and B `[out, k]` by module (a side that is not trained is empty).
+        """
         raise NotImplementedError
 
     def finish(self, state: ServerPair, accumulator: FlatTensors) -> PairChange | None:
-        """The average update of A and of B (module name -> the global pair's shapes), None if no update came.
+        """The change of A `[r, in]` and of B `[out, r]` of every module, None if no update came.
 
-        The mean is over the accepted weight, so that refused updates leave the others' shares in proportion. A side
-        that is not trained is left out.
+        A side that is not trained is left out (an empty dict). The server adds the change to the global pair, or lets
+        its optimizer take it for a negative gradient. The default is the mean over the accepted weight, so that
+        refused updates leave the others' shares in proportion.
         """
         weight = accumulator["weight"]
         if weight.item() == 0.0:
