@@ -103,6 +103,8 @@ class FlatTensors(dict[str, torch.Tensor]):
 class Method:
     """A federated LoRA method. A subclass writes `receive` and `accumulate`; `finish` is a weighted mean by default.
 
+    One in a file of the user's own is chosen by `method="module:Class"` (`__main__:Class` in the script that runs).
+
     In a round, every process makes an `accumulator` for the whole cohort. Each client of it is given what `receive`
     returns, trains it, and comes back as a `ClientUpdate`, which the process that trained it passes to `accumulate`,
     unless it was refused. The accumulators of all processes are then summed, and every process calls `finish` on the
@@ -148,8 +150,8 @@ class Method:
                 them for rows of A and columns of B, or leave them.
 
         Returns:
-            A `[k, in]` and B `[out, k]` of every module, also of a side that is not trained, and the client's factor
-            on the LoRA scale.
+            A `[k, in]` and B `[out, k]` of every module, also of a side that is not trained, and `scale`, the client's
+            factor on the LoRA scale.
         """
         raise NotImplementedError
 

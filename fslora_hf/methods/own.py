@@ -62,8 +62,8 @@ def _told(error: Exception) -> str:
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, SyntaxError):  # its message says where
         return text
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
-    return f"{text} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{text} ({os.path.basename(last.filename)}, line {last.lineno})"
 
 
 def _no_such_class(module: ModuleType, name: str) -> MethodError:
