@@ -159,6 +159,10 @@ FINISHED = {
         lambda pair, *_: pair[0],
         "the changes of A and of B, or None, found a dict: return two dicts, A and B.",
     ),
+    "three dicts": (
+        lambda pair, *_: (*pair, {}),
+        "the changes of A and of B, or None, found a tuple: return two dicts, A and B.",
+    ),
     "lists": (
         lambda pair, *_: tuple(list(side.values()) for side in pair),
         "the changes of A and of B, or None, found a tuple: return two dicts, A and B.",
