@@ -12,6 +12,7 @@ from fslora_hf.methods import METHODS, FSLoRA, MethodError, method_class
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.settings import SettingsError
 from tests import reference
+from tests.test_engine import make_engine, train
 from tests.worker_train import QUIET, build, ledger
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -266,6 +267,18 @@ def test_the_readmes_method_averages_over_holders(folder):
         trainer.train()
         ends.append(reference.read_adapter(trainer.model))
     assert reference.max_difference(*ends) < 1e-12
+    engine = make_engine(method=method_class("my_methods:MeanOfHolders"))
+    before = {name: A.clone() for name, A in engine.server.A.items()}
+    engine.begin_round(0)
+    clients = engine.hand_over(0)
+    train(engine)  # client c adds c + 1
+    engine.collect()
+    engine.close_round()
+    for name, A in engine.server.A.items():
+        for row in range(6):
+            held = [(client.weight, client.client_id + 1) for client in clients if client.rank > row]
+            mean = sum(weight * change for weight, change in held) / sum(weight for weight, _ in held)
+            torch.testing.assert_close(A[row] - before[name][row], torch.full_like(A[row], mean))
     args = {"method": "my_methods:MeanOfHolders", "num_rounds": 2, "local_steps": 2, "server_optim": "adam"}
     trainer = build(folder / "mixed", {**args, "client_ranks": [1, 2, 2, 3, 5], "per_device_train_clients": 3})
     start = reference.read_adapter(trainer.model)
