@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub._eval_results import parse_eval_result_entries
 
 from fslora_hf.hub.card import BEGIN, COMMONSENSE, END, CardContext, eval_results_yaml, merge_card, render_card
+from fslora_hf.hub.card_text import _METHODS
+from fslora_hf.methods import METHODS
 from tests.result_files import adapter, evaluation
 
 pytest_plugins = ("tests.hub_client",)
@@ -406,3 +408,7 @@ def test_eval_results(results):
     assert entry.date == results[2]["time"]
     assert "8 questions" in entry.notes and "standard error 0.0000" in entry.notes and "round 10" in entry.notes
     assert eval_results_yaml(replace(CONTEXT, results=results, benchmarks={})) is None
+
+
+def test_every_built_in_method_is_named():
+    assert _METHODS.keys() == METHODS.keys()
