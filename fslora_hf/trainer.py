@@ -210,10 +210,10 @@ class FederatedSketchTrainer(SFTTrainer):
                 the latest round in the run's repository, or `owner/name@round-0010`.
         """
         self._bind_callbacks()
-        checkpoint = agree(lambda: run.find_start(self, resume_from_checkpoint))
         ended = False
         try:
             agree(self._open_hub)
+            checkpoint = agree(lambda: run.find_start(self, resume_from_checkpoint))
             self._open_run()
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             ended = True
@@ -292,6 +292,8 @@ class FederatedSketchTrainer(SFTTrainer):
         )
         self.optimizer = None  # one of an earlier call would hold parameters that are gone
         self.rounds_done = 0
+        if self.publisher is not None:
+            self.publisher.start()
 
     # ---- Overrides of the Trainer's hooks ----
 

@@ -1,5 +1,6 @@
 """Runs that are taken up from the Hub, and what keeps two runs apart there."""
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -82,6 +83,13 @@ def test_what_cannot_be_resumed_from_the_hub(hub, users, on_client, tmp_path):
         restored = {"federated_state.json": files["federated_state.json"], "adapter_model.safetensors": content}
         hub.add("user/run", restored)
         assert "the file was damaged or changed" in refused("hub")
+    ledger = files["rounds.jsonl"].replace(b'"round": 0', b'"round": 7')
+    hub.add("user/run", {name: files[name] for name in ("adapter_model.safetensors",)} | {"rounds.jsonl": ledger})
+    assert "rounds.jsonl with the checksum" in refused("hub")
+    sums = json.loads(files["federated_state.json"])
+    sums["files"]["rounds.jsonl"] = hashlib.sha256(ledger).hexdigest()
+    hub.add("user/run", {"federated_state.json": json.dumps(sums).encode()})
+    assert "found damage (rounds.jsonl does not hold the rounds before)" in refused("hub")
     assert not (tmp_path / "new" / ".hub_resume").exists()
 
 

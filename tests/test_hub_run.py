@@ -152,14 +152,22 @@ class Stops(TrainerCallback):
         control.should_training_stop = state.epoch >= 3
 
 
-def train_and_stop(folder: str) -> list[int]:
-    trainer = build(folder, RUN, LORA, dtype=torch.float32, callbacks=[Stops()])
+class StopsWithin(Stops):
+    """Ends training in the middle of the fourth round."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.epoch > 3
+
+
+def train_and_stop(folder: str, stops: type[Stops]) -> list[int]:
+    trainer = build(folder, RUN, LORA, dtype=torch.float32, callbacks=[stops()])
     trainer.train()
     return [snapshot.round for snapshot, _ in trainer.push_to_hub().rows]
 
 
-def test_the_final_state_of_a_run_that_is_stopped(hub, users, on_client, tmp_path):
-    assert on_client(train_and_stop, str(tmp_path / "run")) == [2, 3]
+@pytest.mark.parametrize("stops", [Stops, StopsWithin])
+def test_the_last_whole_round_of_a_run_that_is_stopped(hub, users, on_client, tmp_path, stops):
+    assert on_client(train_and_stop, str(tmp_path / "run"), stops) == [2, 3]
     assert "refs/tags/round-0003" in hub.find("user/run").refs()
 
 

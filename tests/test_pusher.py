@@ -139,3 +139,17 @@ def test_a_pusher_does_not_repeat_what_was_told_before_training(hub, on_client, 
     hub.fault("refs", reset=True, times=None)
     missing, table, text = on_client(in_background, outbox.folder, 1, warned=("network", "server"))
     assert missing == [1] and "Expected to reach the Hub" in table and text == []
+
+
+def test_an_interrupt_ends_the_wait_and_nothing_else(tmp_path, caplog, monkeypatch):
+    pusher = BackgroundPusher(TARGET, Outbox(tmp_path))
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pusher._thread, "join", interrupted)
+        assert pusher.close(60.0).missing == []
+    assert "The wait for the Hub was broken off: send what is missing with recipes/push.py." in caplog.text
+    pusher._thread.join(20)
+    assert not pusher._thread.is_alive()

@@ -61,7 +61,7 @@ class RoundPublisher:
         self._pusher: BackgroundPusher | None = None
 
     def open(self, trainer: "FederatedSketchTrainer", identity: Callable[[], Mapping[str, Any]]) -> None:
-        """Begin to push what an earlier call left, and then what comes.
+        """See, before anything of the run is changed, that its rounds can go where they shall.
 
         Raises:
             HubError: the outbox is of other rounds, or the repository of another run.
@@ -72,9 +72,12 @@ class RoundPublisher:
         self._published = 0
         self.outbox = Outbox(Path(trainer.args.output_dir) / OUTBOX_NAME)
         self._refuse_other_target()
-        self.outbox.write_target(self.target.repo_id, self.target.revision, self.target.private)
         if not self._told:
             self._check_run(identity())
+
+    def start(self) -> None:
+        """Begin to push what an earlier call left, and then what comes."""
+        self.outbox.write_target(self.target.repo_id, self.target.revision, self.target.private)
         self._pusher = BackgroundPusher(self.target, self.outbox, warned=self._told, **self._limits)
         self._pusher.wake()
 
@@ -112,10 +115,10 @@ class RoundPublisher:
         args, done = self.trainer.args, self.trainer.rounds_done
         if self._pusher is None or done == self._published:
             return
-        self._published = done
         ends = done == args.num_rounds or self.trainer.control.should_training_stop
         if not ends and (args.push_rounds == 0 or done % args.push_rounds):
             return
+        self._published = done
         if resumed and self.outbox.holds(done):
             return
         try:
