@@ -71,7 +71,6 @@ def test_each_tag_loads_in_plain_peft_and_git_agrees(hub, users, on_client, uplo
     ids=["slow", "failing", "resetting", "lost answer"],
 )
 def test_a_hub_that_fails_now_and_then(hub, users, on_client, tmp_path, fault):
-    hub.create("user/run")
     hub.fault("commit", **fault)
     assert on_client(train, str(tmp_path / "run"))["missing"] == []
     check_rounds(hub, tmp_path / "run")
@@ -81,7 +80,6 @@ def test_a_hub_that_fails_now_and_then(hub, users, on_client, tmp_path, fault):
     "fault", [{"stall_s": 60}, {"status": 503}, {"reset": True}], ids=["slow", "failing", "resetting"]
 )
 def test_a_hub_that_fails_all_the_time_ends_no_training_and_is_sent_later(hub, users, on_client, tmp_path, fault):
-    hub.create("user/run")
     hub.fault("commit", **fault, times=None)
     found = on_client(train, str(tmp_path / "run"), hub_deadline=1.0)
     assert found["missing"] == [*ROUNDS]

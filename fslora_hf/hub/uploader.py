@@ -2,7 +2,8 @@
 
 Any call may fail after the Hub has done what it asked, or end when nobody waits for it any more. So every attempt
 begins by reading what is there: a commit carries the digest of its snapshot in a line of its message, by which it is
-recognised, and it names its parent, so that no second one can land beside it.
+recognised, and it names its parent, so that no second one can land beside it. (The first commit of all has no parent
+to name; the Hub makes that one itself when it makes a repository.)
 """
 
 import json
