@@ -15,7 +15,7 @@ quickstart: $(READY)
 		--model_name_or_path "$$model" $(if $(DATA),--data_dir "$(DATA)")
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
