@@ -61,8 +61,7 @@ def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[P
 def write_state(folder: Path, round: int, run: Mapping[str, Any], names: Collection[str] | None = None) -> None:
     """Write the state file of a folder that is otherwise whole: the rounds it is of, whose run, and the checksums of
     the files that are resumed from (None: of all)."""
-    files = {name: sum for name, sum in checksums(folder).items() if names is None or name in names}
-    state = {"format": 1, "round": round, "run": dict(run), "files": files}
+    state = {"format": 1, "round": round, "run": dict(run), "files": checksums(folder, names)}
     (folder / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
@@ -180,10 +179,10 @@ def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> Path | No
     return None
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 in hex of every file below a folder, by its path there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+def checksums(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
+    """SHA-256 in hex of the files below a folder (None: of all), by their paths there."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: _checksum(path) for name, path in found.items() if names is None or name in names}
 
 
 def _checksum(path: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from fslora_hf.hub.outbox import OUTBOX_NAME, Outbox
 from tests.hub_calls import OTHER, READS, WRITES
 from tests.hub_server import HubServer
 
@@ -88,6 +89,12 @@ def users(hub) -> dict[str, dict]:
     hub.users[READS] = {"name": "user", "role": "read", "orgs": []}
     hub.users[OTHER] = {"name": "other", "role": "write", "orgs": []}
     return hub.users
+
+
+@pytest.fixture
+def outbox(tmp_path) -> Outbox:
+    """An outbox without rounds."""
+    return Outbox(tmp_path / OUTBOX_NAME)
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """Repositories of the test Hub come, go and open to whom they should, as the real client sees it."""
 
-import shutil
-
 import pytest
 
 from tests.hub_calls import OTHER, READS, WRITES, commit, create, outcome, post
 
 pytest_plugins = ("tests.hub_client",)
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="the test Hub keeps its repositories in git")
 
 
 def test_a_repository_is_created_once_and_deleted(hub, on_client, users):

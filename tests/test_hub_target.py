@@ -1,26 +1,15 @@
 """What is known before training about the repository and the token, and that no token gets into a text."""
 
-import shutil
-
 import pytest
 from huggingface_hub import constants
 
 from fslora_hf.hub.errors import HubError, scrub
-from fslora_hf.hub.outbox import Outbox
 from fslora_hf.hub.uploader import HubTarget, check_target
 from tests.hub_calls import READS, WRITES
 from tests.hub_pushes import TARGET, add, asked, logged, push, push_all
 
 pytest_plugins = ("tests.hub_client",)
-pytestmark = [
-    pytest.mark.skipif(shutil.which("git") is None, reason="the test Hub keeps its repositories in git"),
-    pytest.mark.usefixtures("users"),
-]
-
-
-@pytest.fixture
-def outbox(tmp_path) -> Outbox:
-    return Outbox(tmp_path / "hub_outbox")
+pytestmark = pytest.mark.usefixtures("users")
 
 
 def check(target: HubTarget) -> tuple[HubTarget | None, str]:

@@ -1,7 +1,6 @@
 """The real client writes to the test Hub, in both modes of upload, and plain git agrees with what it wrote."""
 
 import hashlib
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,6 @@ from tests.hub_calls import WRITES, commit, create, outcome, post, read, tag, up
 from tests.hub_repository import Link, RefMoved
 
 pytest_plugins = ("tests.hub_client",)
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="the test Hub keeps its repositories in git")
 
 WEIGHTS = bytes(range(256)) * 40
 

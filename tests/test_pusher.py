@@ -1,7 +1,6 @@
 """Pushing beside training: kills, a Hub that stalls while the process ends, rounds that are tried again."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +14,7 @@ from tests.hub_calls import WRITES
 from tests.hub_pushes import FAST, TARGET, add, all_answered, assert_on_hub, logged, push_all, wait_for
 
 pytest_plugins = ("tests.hub_client",)
-pytestmark = [
-    pytest.mark.skipif(shutil.which("git") is None, reason="the test Hub keeps its repositories in git"),
-    pytest.mark.usefixtures("users"),
-]
-
-
-@pytest.fixture
-def outbox(tmp_path) -> Outbox:
-    return Outbox(tmp_path / "hub_outbox")
+pytestmark = pytest.mark.usefixtures("users")
 
 
 # ---- kills, and the end of the process ----

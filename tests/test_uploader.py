@@ -9,15 +9,7 @@ from fslora_hf.hub.outbox import Outbox
 from tests.hub_pushes import FAST, add, asked, assert_on_hub, push, push_all, wait_for, weights
 
 pytest_plugins = ("tests.hub_client",)
-pytestmark = [
-    pytest.mark.skipif(shutil.which("git") is None, reason="the test Hub keeps its repositories in git"),
-    pytest.mark.usefixtures("users"),
-]
-
-
-@pytest.fixture
-def outbox(tmp_path) -> Outbox:
-    return Outbox(tmp_path / "hub_outbox")
+pytestmark = pytest.mark.usefixtures("users")
 
 
 def test_rounds_become_commits_and_tags_in_their_order(hub, on_client, outbox, upload_mode):

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from ..checkpoint import SERVER_NAME, STATE_NAME, CheckpointError, read_state, sync_path, sync_tree
 from ..evaluation.results import IN_LOOP, OUTCOMES, RESULTS
 from ..ledger import LEDGER_NAME, read_records
-from .errors import check_token, scrub
+from .errors import HubError, check_token, scrub
 
 RESULTS_FOLDER = "results/"  # in the repository of a run
 RESUMED = (  # what a run is resumed from, beside the state file that holds the checksums of these
@@ -54,13 +54,14 @@ def fetch_round(repository: str, revision: str | None, folder: Path, token: str 
 
     Raises:
         CheckpointError: the repository or revision cannot be read, or holds no state to resume from.
+        HubError: the token is none that could be sent.
     """
     named = f"{repository}@{revision}" if revision else repository
     shutil.rmtree(folder, ignore_errors=True)
     try:
         check_token(token)
         return _fetch(HfApi(token=token), repository, revision, folder)
-    except CheckpointError:
+    except (CheckpointError, HubError):
         raise
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         found, remedy = f"damage ({scrub(_first_line(error), token)})", "name another round"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.constants import ENDPOINT
 
 from ..checkpoint import SERVER_NAME, write_state
-from ..evaluation.results import IN_LOOP, RESULTS, describe_model
+from ..evaluation.results import IN_LOOP, RESULTS, quantization_of
 from ..ledger import LEDGER_NAME
 from ..report import read_ledger, totals
 from .card import COMMONSENSE, CardContext, eval_results_yaml, render_card
@@ -167,16 +167,16 @@ class RoundPublisher:
     def _context(self, rounds: list[dict], results: list[dict], plots: dict[str, str]) -> CardContext:
         trainer, args = self.trainer, self.trainer.args
         lora = trainer.model.peft_config["default"]
-        base = describe_model(trainer.model.get_base_model())
+        base = trainer.model.get_base_model()
         targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
         low, high = int(trainer.client_ranks.min()), int(trainer.client_ranks.max())
         facts = {"data": f"{len(trainer.train_dataset):,} rows", **trainer.card_facts}
         return CardContext(
             name=self.target.repo_id.split("/")[-1],
             repo_id=self.target.repo_id,
-            base_model=base.name,
-            base_revision=base.revision,
-            quantization=base.quantization,
+            base_model=base.config.name_or_path,
+            base_revision=getattr(base.config, "_commit_hash", None),
+            quantization=quantization_of(base),
             method=args.method,
             rank=lora.r,
             alpha=lora.lora_alpha,

@@ -21,7 +21,15 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from throughput import PACKAGES, SHAPES, TARGETS, load_model, make_rows, make_tokenizer, processor  # beside this file
+from throughput import (  # beside this file
+    PACKAGES,
+    TARGETS,
+    add_work_options,
+    load_model,
+    make_rows,
+    make_tokenizer,
+    processor,
+)
 
 VARIANTS = {"off": "no pushing", "on": "every round pushed"}
 TOKEN = "hf_benchmark"  # of the tests' Hub
@@ -30,12 +38,7 @@ CLOCKS = (time.perf_counter, time.process_time)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help=f"a folder, or random weights of {', '.join(SHAPES)}")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--batch_size", type=int, default=2, help="rows of one client in a step")
-    parser.add_argument("--length", type=int, default=96, help="tokens of a row")
-    parser.add_argument("--completion", type=int, default=8, help="tokens scored")
+    add_work_options(parser, batch_size=2)
     parser.add_argument("--clients", type=int, default=4, help="clients in a round")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)

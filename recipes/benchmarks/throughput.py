@@ -40,14 +40,19 @@ SHAPES = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_work_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """What a local step computes."""
     parser.add_argument("--model", default="smollm2-135m", help=f"a folder, or random weights of {', '.join(SHAPES)}")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows of one client in a step")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="rows of one client in a step")
     parser.add_argument("--length", type=int, default=96, help="tokens of a row")
     parser.add_argument("--completion", type=int, default=8, help="tokens scored with loss on completions")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_work_options(parser, batch_size=4)
     parser.add_argument("--clients", type=int, default=4, help="clients in a block")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a process, after two that are not timed")
