@@ -1,12 +1,13 @@
-"""What pushing every round costs the training beside it, with a Hub that takes its time over each commit.
+"""What pushing a round costs the training beside it, with a Hub that takes its time over each commit.
 
     python recipes/benchmarks/hub_push.py --model ~/.cache/fslora_hf/SmolLM2-135M-Instruct --cpu
 
-The Hub is the tests' own, on this machine, and waits `--stall` seconds before it answers a commit. Every measurement
-is a process of its own, and those with and without pushing take turns, so that a machine whose speed drifts drifts for
-both. Measured are the wall-clock and processor seconds from the first step to the end of the last round, and within
-them the seconds that the training loop itself spends on snapshots; what is pushed after the last round is not
-training. Ratios are of medians. Writes JSON.
+The Hub is the tests' own, in a process of its own on this machine, and waits `--stall` seconds before it answers a
+commit. One run pushes every second round, so that each round with a push under way lies between two without, of the
+same process: a machine whose speed drifts drifts for all three. Measured, in wall-clock and processor seconds of the
+training process, are a round's steps and checkpoint, and the snapshot that the loop itself takes of a pushed round.
+The cost of a push is its snapshot, and what the round after it took beyond the mean of the two rounds beside it.
+Writes JSON.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 from throughput import (  # beside this file
@@ -31,7 +33,6 @@ from throughput import (  # beside this file
     processor,
 )
 
-VARIANTS = {"off": "no pushing", "on": "every round pushed"}
 TOKEN = "hf_benchmark"  # of the tests' Hub
 CLOCKS = (time.perf_counter, time.process_time)
 
@@ -39,16 +40,19 @@ CLOCKS = (time.perf_counter, time.process_time)
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_work_options(parser, batch_size=2)
-    parser.add_argument("--clients", type=int, default=4, help="clients in a round")
+    parser.add_argument("--clients", type=int, default=2, help="clients in a round")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=4, help="local steps of a client in a round")
+    parser.add_argument("--rounds", type=int, default=17, help="rounds of the run; the first is not counted")
+    parser.add_argument("--steps", type=int, default=14, help="local steps of a client in a round")
     parser.add_argument("--stall", type=float, default=30.0, help="seconds that the Hub waits at each commit")
-    parser.add_argument("--repeats", type=int, default=3, help="processes of each variant")
     parser.add_argument("--output", default="outputs/hub_push.json")
-    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(scored="completion")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < 5:
+        parser.error(f"Expected at least 5 rounds, so that one push lies between two quiet rounds, found "
+                     f"{options.rounds}.")  # fmt: skip
+    return options
 
 
 def work(options: argparse.Namespace) -> None:
@@ -59,17 +63,21 @@ def work(options: argparse.Namespace) -> None:
     from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
 
     class Clock(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            self.start = time.perf_counter(), time.process_time()
+        """The clocks at the beginning of every round, and at the end of the last."""
+
+        readings = []
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step % (state.max_steps // options.rounds) == 0:
+                self.readings.append([now() for now in CLOCKS])
+                print(f"round {len(self.readings)} of {options.rounds}", file=sys.stderr, flush=True)
 
         def on_train_end(self, *args, **kwargs):
-            wall, processor_time = (now() - then for now, then in zip(CLOCKS, self.start, strict=True))
-            print(json.dumps({"seconds": wall, "processor_seconds": processor_time, "snapshots": snapshots}))
-            sys.stdout.flush()
+            self.readings.append([now() for now in CLOCKS])
+            print(json.dumps({"readings": self.readings, "snapshots": snapshots}), flush=True)
             os._exit(0)
 
     model = load_model(options)
-    hub = {"push_to_hub": True, "push_rounds": 1, "hub_model_id": "user/run", "hub_token": TOKEN}
     args = FederatedSketchConfig(
         output_dir=tempfile.mkdtemp(prefix="run-", dir=os.environ["TMPDIR"]),
         use_cpu=options.cpu,
@@ -85,7 +93,10 @@ def work(options: argparse.Namespace) -> None:
         clients_per_round=options.clients,
         per_device_train_batch_size=options.batch_size,
         save_rounds=1,
-        **(hub if options.worker == "on" else {}),
+        push_to_hub=True,
+        push_rounds=2,
+        hub_model_id="user/run",
+        hub_token=TOKEN,
     )
     trainer = FederatedSketchTrainer(
         model=model,
@@ -95,68 +106,63 @@ def work(options: argparse.Namespace) -> None:
         peft_config=LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS),
         callbacks=[Clock()],
     )
-    snapshots = _timed_snapshots(trainer.publisher) if trainer.publisher else []
+    snapshots = _timed_snapshots(trainer.publisher)
     trainer.train()
 
 
-def _timed_snapshots(publisher) -> list[float]:
-    """The seconds of every snapshot that is taken from here on."""
-    seconds, publish = [], publisher.publish
+def _timed_snapshots(publisher) -> list[tuple[int, list[float]]]:
+    """The round, and the seconds of the loop's call by both clocks, of all calls from here on."""
+    taken, publish = [], publisher.publish
 
     def timed(*args, **kwargs):
-        start = time.perf_counter()
+        start = [now() for now in CLOCKS]
         publish(*args, **kwargs)
-        seconds.append(time.perf_counter() - start)
+        seconds = [now() - then for now, then in zip(CLOCKS, start, strict=True)]
+        taken.append((publisher.trainer.rounds_done, seconds))
 
     publisher.publish = timed
-    return seconds
+    return taken
 
 
-def run_worker(variant: str, url: str, folder: str) -> dict:
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "TMPDIR": folder}
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", variant]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"Expected the variant {variant} to run, found:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure(options: argparse.Namespace) -> dict[str, list[dict]]:
+def measure(options: argparse.Namespace) -> dict:
     sys.path.insert(0, str(Path(__file__).parents[2]))  # the tests' Hub is not part of the package
     from tests.hub_server import HubServer
 
-    measured: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
-    total, start = options.repeats * len(VARIANTS), time.monotonic()
-    with HubServer() as hub:
+    with HubServer() as hub, tempfile.TemporaryDirectory() as folder:
         hub.upload_mode = "lfs"
-        for number in range(total):
-            variant = list(VARIANTS)[number % 2]
-            hub.clear()
-            hub.users[TOKEN] = {"name": "user", "role": "write", "orgs": []}
-            hub.fault("commit", stall_s=options.stall, times=None)
-            with tempfile.TemporaryDirectory() as folder:
-                measured[variant].append(run_worker(variant, hub.url, folder))
-            hub.mend()
-            left = (time.monotonic() - start) / (number + 1) * (total - number - 1)
-            text = f"{number + 1}/{total} {VARIANTS[variant]}, {left / 60:.1f} minutes left"
-            print(text, file=sys.stderr, flush=True)
-    return measured
+        hub.users[TOKEN] = {"name": "user", "role": "write", "orgs": []}
+        hub.fault("commit", stall_s=options.stall, times=None)
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "TMPDIR": folder}
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        hub.mend()
+    if done.returncode:
+        raise RuntimeError(f"Expected the training process to end well, found exit code {done.returncode}: its "
+                           "message stands above.")  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def summarise(measured: dict[str, list[dict]]) -> dict:
-    """Medians of each variant, and by how much pushing adds to them."""
-    rows = {
-        variant: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "processor_seconds")}
-        for variant, runs in measured.items()
-    }
-    in_loop = [sum(run["snapshots"]) for run in measured["on"]]
+def summarise(measured: dict, clock: int) -> dict:
+    """Seconds of quiet rounds, and what a push adds, by one clock."""
+    readings = [reading[clock] for reading in measured["readings"]]
+    rounds = [after - before for before, after in pairwise(readings)]
+    taken = [0.0] * len(rounds)
+    for number, seconds in measured["snapshots"]:
+        if number:
+            taken[number - 1] += seconds[clock]
+    rounds = [seconds - snapshot for seconds, snapshot in zip(rounds, taken, strict=True)]
+    busy = range(2, len(rounds) - 1, 2)  # from 0: round 3, after the push of round 2, and so on
+    beside = [rounds[number] - (rounds[number - 1] + rounds[number + 1]) / 2 for number in busy]
+    quiet, snapshot = statistics.median(rounds[1::2]), statistics.median(taken[1:-1:2])
+    push = snapshot + statistics.median(beside)
     return {
-        **rows,
-        "growth": rows["on"]["seconds"] / rows["off"]["seconds"] - 1,
-        "processor_growth": rows["on"]["processor_seconds"] / rows["off"]["processor_seconds"] - 1,
-        "snapshot_share": statistics.median(in_loop) / rows["on"]["seconds"],
-        "snapshot_seconds": statistics.median(one for run in measured["on"] for one in run["snapshots"] if one > 1e-4),
-        "all_seconds": {variant: [run["seconds"] for run in runs] for variant, runs in measured.items()},
+        "quiet_round": quiet,
+        "snapshot": snapshot,
+        "beside": statistics.median(beside),
+        "push": push,
+        "growth": {every: push / (every * quiet) for every in (1, 2, 10)},
+        "rounds": rounds,
+        "all_beside": beside,
     }
 
 
@@ -165,13 +171,14 @@ def main() -> None:
     if options.worker:
         work(options)
         return
-    summary = summarise(measure(options))
-    for variant, name in VARIANTS.items():
-        row = summary[variant]
-        print(f"{name:20}{row['seconds']:9.1f} s{row['processor_seconds']:9.1f} processor s")
-    print(f"With a Hub that waits {options.stall:g} s at each commit, training took {summary['growth']:+.1%} "
-          f"({summary['processor_growth']:+.1%} of processor time); {summary['snapshot_share']:.2%} of it in the loop "
-          f"itself, {summary['snapshot_seconds'] * 1000:.0f} ms a snapshot.")  # fmt: skip
+    measured = measure(options)
+    summary = {name: summarise(measured, clock) for clock, name in enumerate(("seconds", "processor_seconds"))}
+    for name, row in summary.items():
+        print(f"{name}: a quiet round {row['quiet_round']:.2f}, a push {row['push']:.2f}: {row['snapshot']:.2f} in "
+              f"the loop, {row['beside']:.2f} in the round after it")  # fmt: skip
+    growth = ", ".join(f"{share:+.1%} when every {every}. round is pushed"
+                       for every, share in summary["seconds"]["growth"].items())  # fmt: skip
+    print(f"With a Hub that waits {options.stall:g} s at each commit, training time changes by {growth}.")
     settings = {key: value for key, value in vars(options).items() if key not in ("worker", "output", "scored")}
     result = {"settings": settings | {"model": Path(options.model).name}, "results": summary}
     result["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
