@@ -49,12 +49,15 @@ class StackedLora(LoraVariant):
 
     def __init__(self):
         self.scale = torch.empty(0)  # [clients, 1, 1], each client's factor on the layer's LoRA scale
+        self.beside_global = False  # whether clients add to the global adapter, and not stand in its place
         self.positions = 0  # tokens of the batch, padding included
 
     def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
-        if not module.training:  # local steps train; whoever evaluates meanwhile means the global adapter
+        if self.beside_global or not module.training:  # whoever evaluates within a round means the global adapter
             A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-            return result + B(A(x)) * module.scaling[active_adapter]
+            result = result + B(A(x)) * module.scaling[active_adapter]
+        if not module.training:
+            return result
         clients = self.scale.shape[0]
         if x.shape[:-1].numel() != self.positions:
             raise RuntimeError(
@@ -86,6 +89,7 @@ class ClientStack:
         max_clients: most clients in a block.
         max_rank: largest rank of any client.
         trains: the sides of the pair that clients train; the other is frozen.
+        beside_global: clients compute with the global adapter, frozen, and their own added to it.
     """
 
     def __init__(
@@ -95,12 +99,13 @@ class ClientStack:
         max_rank: int,
         adapter_name: str = "default",
         trains: Sequence[str] = ("A", "B"),
+        beside_global: bool = False,
     ):
         self._layers = lora_layers(model, adapter_name)
         self._trains = tuple(trains)
         self._adapter_name = adapter_name
         self._shape = max_clients, max_rank
-        self._variant = StackedLora()
+        self._variant, self._beside_global = StackedLora(), beside_global
         self._received: tuple[ClientAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
 
@@ -142,6 +147,7 @@ class ClientStack:
         some = next(iter(self._layers.values())).client_A
         scales = [adapter.scale for adapter in adapters]
         self._variant.scale = torch.tensor(scales, dtype=some.dtype, device=some.device).view(-1, 1, 1)
+        self._variant.beside_global = self._beside_global and self._has_product()
         self._activate(bool(adapters))
 
     def unload(self) -> None:
@@ -202,6 +208,11 @@ class ClientStack:
             for gradient in gradients:
                 gradient.mul_(factors)
         return norms
+
+    def _has_product(self) -> bool:
+        """Whether the global adapter adds anything: with B at zero it need not be computed with."""
+        B = [layer.lora_B[self._adapter_name].weight.any() for layer in self._layers.values()]
+        return bool(torch.stack(B).any())
 
     def _activate(self, active: bool) -> None:
         for layer in self._layers.values():

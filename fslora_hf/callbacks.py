@@ -57,10 +57,11 @@ class RoundCallback(TrainerCallback):
         record = self.aggregate()
         if state.is_world_process_zero:
             append_round(self.trainer.ledger_path, record)
-        done = round + 1
+        done, last = round + 1, self.trainer.run_ends
         self._log(record, done)
-        control.should_save |= self._due(args.save_rounds, done, args.num_rounds) or self.save_requested
-        control.should_evaluate |= self._due(args.eval_rounds, done, args.num_rounds)
+        control.should_save |= self._due(args.save_rounds, done, last) or self.save_requested
+        control.should_evaluate |= self._due(args.eval_rounds, done, last)
+        control.should_training_stop |= last
         self.save_requested = False
 
     def _log(self, record: dict[str, Any], done: int) -> None:
@@ -85,8 +86,8 @@ class RoundCallback(TrainerCallback):
         self.trainer.control.should_log = due
 
     @staticmethod
-    def _due(every: int, done: int, total: int) -> bool:
-        return every > 0 and (done % every == 0 or done == total)
+    def _due(every: int, done: int, last: bool) -> bool:
+        return every > 0 and (last or done % every == 0)
 
 
 class RoundProgressCallback(ProgressCallback):

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "federated_state.json"
 SERVER_NAME = "federated_state.safetensors"
+FEEDBACK_NAME = "error_feedback"  # folder of files that have their checksums in their names (feedback.py)
 _NAME = re.compile(r"checkpoint-\d+")
 
 
@@ -180,9 +181,10 @@ def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> Path | No
 
 
 def checksums(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
-    """SHA-256 in hex of the files below a folder (None: of all), by their paths there."""
+    """SHA-256 in hex of files below a folder, by their paths there (None: of all but those that carry their own)."""
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: _checksum(path) for name, path in found.items() if names is None or name in names}
+    wanted = [name for name in found if (name in names if names is not None else name.split("/")[0] != FEEDBACK_NAME)]
+    return {name: _checksum(found[name]) for name in wanted}
 
 
 def _checksum(path: Path) -> str:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .adapter import global_pair, lora_layers
 from .clients import read_column
 from .config import FederatedSketchConfig
 from .data.commonsense import COLUMNS as OPTION_COLUMNS
+from .evaluation.results import quantization_of
 from .methods import method_class
 from .rows import survey_rows
 
@@ -136,8 +138,33 @@ def check_prepared_rows(
         )
 
 
-def check_layers(model: PeftModel, aux_loss: bool) -> Iterator[str]:
+def check_fold(method: str, quantized: bool) -> Iterator[str]:
+    """Problems of a base model that the method is to change."""
+    if quantized and method_class(method).folds:
+        yield (
+            f"Expected an unquantized base with method={method}, which folds what is learned into its weights, found "
+            "a quantized one: load it without quantization, or use method=flora_residual."
+        )
+
+
+def _check_folded_layers(model: PeftModel, layers: dict[str, LoraLayer]) -> Iterator[str]:
+    """Weights that are also used elsewhere, where nothing is to change."""
+    base = model.get_base_model()
+    names: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        used = names[id(layer.get_base_layer().weight)]
+        if len(used) > 1:
+            yield (
+                f"Expected a weight of its own in {name}, which shall be changed, found it shared by "
+                f"{' and '.join(used)}: leave it out of target_modules, or use method=flora_residual."
+            )
+
+
+def check_layers(model: PeftModel, aux_loss: bool, method: str) -> Iterator[str]:
     """Problems of the layers that the adapter's target modules matched."""
+    yield from check_fold(method, quantization_of(model.get_base_model()) is not None)
     if aux_loss:
         yield (
             "Expected a loss that keeps clients apart, found a router loss over the whole batch: set "
@@ -146,6 +173,8 @@ def check_layers(model: PeftModel, aux_loss: bool) -> Iterator[str]:
     layers = lora_layers(model)
     if not layers:
         yield "Expected target_modules to match linear layers, found none: name modules of this model."
+    elif method_class(method).folds:
+        yield from _check_folded_layers(model, layers)
     targets = model.peft_config["default"].target_modules
     for target in [] if isinstance(targets, str) else sorted(targets):
         if not any(f".{name}".endswith(f".{target}") for name in layers):

@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from .evaluation.results import PROTOCOLS
 from .methods import METHODS as METHOD_CLASSES
-from .methods import MethodError, method_class
+from .methods import Method, MethodError, method_class
 from .settings import SettingsError, default_of, did_you_mean, field_problems, is_a, sentence
 
 METHODS = tuple(METHOD_CLASSES)
@@ -141,8 +141,9 @@ class FederatedSketchConfig(SFTConfig):
         default="fslora",
         metadata={
             "help": "What clients receive and how it is averaged: random sketches (fslora), the whole adapter "
-            "(fedit), its first rows weighted by norm (hetlora), the best part of averaged products (flexlora), or B "
-            "alone (ffa_lora); or a class in a file of your own, as module:Class.",
+            "(fedit), its first rows weighted by norm (hetlora), the best part of averaged products (flexlora), B "
+            "alone (ffa_lora), or new adapters that are stacked and folded into the base (flora) or kept beside it "
+            "(flora_residual); or a class in a file of your own, as module:Class.",
             "metavar": f"{{{','.join(METHODS)},MODULE:CLASS}}",
         },
     )
@@ -190,6 +191,27 @@ class FederatedSketchConfig(SFTConfig):
         metadata={
             "help": "Weights of the average: all alike, or in proportion to the clients' examples.",
             "choices": ("uniform", "num_examples"),
+        },
+    )
+    upload_top_k: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of its update that a client sends, such as 0.1: the numbers that are largest in size, and "
+            "their places. None: all."
+        },
+    )
+    error_feedback: bool = field(
+        default=False,
+        metadata={
+            "help": "With upload_top_k, a client keeps what it does not send and adds it to its next update. Not with "
+            "methods that learn in new directions each round."
+        },
+    )
+    upload_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "End the run after the round in which all uploads together reach so many megabytes (10**6 bytes). "
+            "None: after num_rounds, which is the most in any case."
         },
     )
     save_rounds: int = field(
@@ -255,7 +277,7 @@ class FederatedSketchConfig(SFTConfig):
         self._normalise()
         problems = field_problems(self, besides={"resume_from_checkpoint"}) | self._wrong_values() | self._refusals()
         sentences = [*problems.values(), *self._contradictions(problems.keys())]
-        sentences += self._server_contradictions(problems.keys())
+        sentences += self._method_contradictions(problems.keys())
         launcher = self._launcher_problems()
         # The classes above check the rest, and must not stumble over what is already known to be wrong.
         for each in fields(self):
@@ -307,7 +329,10 @@ class FederatedSketchConfig(SFTConfig):
             value = getattr(self, name)
             if is_a(value, float) and not value >= least:
                 problems[name] = sentence(name, f"at least {least}", value, "raise it")
-        for name in ("server_learning_rate", "hub_deadline"):
+        if is_a(self.upload_top_k, float) and not 0 < self.upload_top_k <= 1:
+            remedy = "give a share such as 0.1, or remove it to send all"
+            problems["upload_top_k"] = sentence("upload_top_k", "above 0 and at most 1", self.upload_top_k, remedy)
+        for name in ("server_learning_rate", "hub_deadline", "upload_budget"):
             value = getattr(self, name)
             if is_a(value, float) and not 0 < value < math.inf:
                 problems[name] = sentence(name, "above 0", value, "raise it" if value <= 0 else "give a finite number")
@@ -355,20 +380,42 @@ class FederatedSketchConfig(SFTConfig):
             remedy = "remove it, or choose a rank_distribution under which ranks differ"
             yield sentence("min_rank", f"unset or equal to max_rank ({high}) for homogeneous ranks", low, remedy)
 
-    def _server_contradictions(self, known_wrong: Set[str]) -> Iterator[str]:
-        """Server settings that have no meaning for the method."""
-        names = {"method", "server_optim", "server_learning_rate"}
-        if known_wrong & names or not method_class(self.method).new_basis:
+    def _method_contradictions(self, known_wrong: Set[str]) -> Iterator[str]:
+        """Settings that have no meaning for the method."""
+        if "method" in known_wrong:
+            return
+        method = method_class(self.method)
+        yield from self._feedback_contradictions(method, known_wrong)
+        if method.folds and self.push_to_hub is True:
+            remedy = (
+                "a round on the Hub is an adapter, and this method changes the base, so remove it or set method to "
+                "flora_residual"
+            )
+            yield sentence("push_to_hub", f"off with method={self.method}", True, remedy)
+        if not method.new_basis or known_wrong & {"server_optim", "server_learning_rate"}:
             return
         remedy = (
-            f"{self.method} writes the adapter in another basis each round, in which neither a part of a step nor "
-            "moments of earlier rounds mean anything, so remove it"
+            f"{self.method} learns in new directions each round, in which neither a part of a step nor moments of "
+            "earlier rounds mean anything, so remove it"
         )
         if self.server_optim != "sgd":
             yield sentence("server_optim", f"sgd with method={self.method}", self.server_optim, remedy)
         elif self.resolved_server_learning_rate != 1.0:
             rate = self.server_learning_rate
             yield sentence("server_learning_rate", f"1 or unset with method={self.method}", rate, remedy)
+
+    def _feedback_contradictions(self, method: type[Method], known_wrong: Set[str]) -> Iterator[str]:
+        """Why clients cannot keep what they leave out."""
+        if self.error_feedback is not True or "upload_top_k" in known_wrong:
+            return
+        if self.upload_top_k is None:
+            yield sentence("error_feedback", "off without upload_top_k", True, "set upload_top_k, or remove it")
+        elif method.rows is Method.rows:
+            remedy = "what a client leaves out would mean nothing in its next round, so remove it"
+            yield sentence("error_feedback", f"off with method={self.method}", True, remedy)
+        if self.push_resume_state is True:
+            remedy = "what clients have not sent stays with them, so remove one of the two"
+            yield sentence("push_resume_state", "off beside error_feedback", True, remedy)
 
     def _launcher_problems(self) -> list[str]:
         """What `accelerate launch` was told to do and cannot, by the environment it leaves."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .adapter import ClientStack
+from .compression import TopK
 from .layout import Layout
 from .methods import ClientAdapter, ClientUpdate, FlatTensors, Method
 from .methods.contract import check_accumulator, check_change, check_received, check_weight
@@ -26,6 +27,7 @@ class RoundEngine:
         layout: which clients this process trains when.
         method, server, stack: what clients receive and how updates fold; the global adapter; the model's slots.
         transforms: applied in order to every update; any may refuse it.
+        compressor: what then leaves out a part of every update.
         sum_over_processes: sums a tensor over all processes in place.
         gather: a list of this process's objects -> the list of all processes' objects.
     """
@@ -39,11 +41,13 @@ class RoundEngine:
         server: ServerState,
         stack: ClientStack,
         transforms: Sequence[Transform] = (),
+        compressor: TopK | None = None,
         sum_over_processes: Callable[[torch.Tensor], Any] = lambda tensor: None,
         gather: Callable[[list], list] = lambda objects: objects,
     ):
         self.plan, self.layout, self.method, self.server, self.stack = plan, layout, method, server, stack
-        self._transforms, self._sum, self._gather = transforms, sum_over_processes, gather
+        self._transforms, self._compressor = transforms, compressor
+        self._sum, self._gather = sum_over_processes, gather
         self._accumulator: FlatTensors | None = None
         self._outcomes: list[tuple[int, float, float, float, str | None]] = []
         self._block: tuple[ClientPlan, ...] = ()
@@ -91,6 +95,8 @@ class RoundEngine:
             try:
                 for transform in self._transforms:
                     update = transform(update)
+                if self._compressor is not None:
+                    update = self._compressor.compress(self.round, client, update)
                 self.method.accumulate(self._accumulator, update)
                 weight = check_weight(self.method, client, self.method.weigh(update))
             except RefusedUpdate as refusal:
@@ -110,14 +116,16 @@ class RoundEngine:
 
     def close_round(self) -> dict[str, Any]:
         """Sum the folds of all processes, take the server's step, and return the round's ledger record."""
-        self._sum(self._accumulator.flat)
+        self._sum(self._accumulator.flat)  # every process has collected its clients by now
+        if self._compressor is not None:
+            self._compressor.close_round(self.round)
         outcomes = {outcome[0]: outcome[1:] for outcome in self._gather(self._outcomes)}
         change, self._accumulator = self.method.finish(self.server, self._accumulator), None
         self.server.step(check_change(self.method, self.server, change))
         clients = self.plan(self.round).clients
         losses, norms, parts, reasons = zip(*(outcomes[client.client_id] for client in clients), strict=True)
         accepted = math.fsum(parts)
-        moved = [self.method.bytes_moved(self.server, client) for client in clients]
+        moved = [self._bytes_moved(client) for client in clients]
         refusals = [(client.client_id, reason) for client, reason in zip(clients, reasons, strict=True) if reason]
         return {
             "round": self.round,
@@ -132,8 +140,14 @@ class RoundEngine:
             "bytes_up": sum(up for _, up in moved),
             "bytes_full_rank": 2 * len(clients) * self.server.rank * self.server.bytes_per_rank,
             **self.method.notes(),
+            **self.server.notes(),
             "seconds": round(time.monotonic() - self._started, 3),
         }
+
+    def _bytes_moved(self, client: ClientPlan) -> tuple[int, int]:
+        down, up = self.method.bytes_moved(self.server, client)
+        size = next(iter(self.server.A.values())).element_size()
+        return down, up if self._compressor is None else self._compressor.bytes_up(up, size)
 
 
 def _finite(value: float) -> float | None:

@@ -1,5 +1,6 @@
 """What a round does, as a pure function of (seed, round): who takes part, with which sketches, on which examples."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from .clients import ClientIndex
-from .draws import permutation_prefix
+from .draws import permutation_prefix, uniforms
 from .sketch import draw
 
 
@@ -20,6 +21,7 @@ class ClientPlan:
         rank: the rank k it trains.
         weight: its share of the round's average; the shares of a cohort sum to 1.
         example_ids: int64 `[local_steps, examples a step]`, rows of the training data set.
+        participation: the share of rounds that it takes part in, in the mean.
     """
 
     client_id: int
@@ -27,10 +29,18 @@ class ClientPlan:
     weight: float
     example_ids: np.ndarray
     draw_sketch: Callable[[str], np.ndarray]
+    draw_uniforms: Callable[[int, str], np.ndarray]
+    participation: float
 
     def sketch(self, module_name: str) -> np.ndarray:
         """Sorted int64 indices `[rank]` of the rows of A and columns of B that the client trains in this module."""
         return self.draw_sketch(module_name)
+
+    def fresh_rows(self, module_name: str, features: int) -> np.ndarray:
+        """Rows of a new A for this client and round, float64 `[rank, features]`: uniform on +-1/sqrt(features), as
+        PEFT draws them."""
+        drawn = self.draw_uniforms(self.rank * features, module_name).reshape(self.rank, features)
+        return (2.0 * drawn - 1.0) / math.sqrt(features)
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,9 @@ def plan_round(
         client_id, rank = int(index.ids[position]), int(ranks[position])
         rows = examples(client_id, index.shard(position), local_steps * examples_per_step)
         sketch = partial(_draw_sketch, seed, round, client_id, global_rank, rank, sketch_scope)
-        clients.append(ClientPlan(client_id, rank, weight, rows.reshape(local_steps, examples_per_step), sketch))
+        rows = rows.reshape(local_steps, examples_per_step)
+        fresh = partial(_draw_uniforms, seed, round, client_id)
+        clients.append(ClientPlan(client_id, rank, weight, rows, sketch, fresh, clients_per_round / len(index)))
     return RoundPlan(round, learning_rate(round), tuple(clients))
 
 
@@ -105,3 +117,7 @@ def _draw_sketch(
     if rank == global_rank:
         return np.arange(global_rank, dtype=np.int64)
     return draw(seed, round, client_id, module_name if scope == "module" else "", global_rank, rank)
+
+
+def _draw_uniforms(seed: int, round: int, client_id: int, n: int, module_name: str) -> np.ndarray:
+    return uniforms(n, seed, "fresh rows", round, client_id, module_name)

@@ -38,8 +38,8 @@ HUB_RESUME = ".hub_resume"  # in output_dir, while a run is taken up from the Hu
 
 _DEFINING_ARGUMENTS = (
     "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
-    "client_weighting learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay "
-    "adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
+    "client_weighting upload_top_k learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
 ).split()
 _DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
 
@@ -61,6 +61,7 @@ def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
         values |= {f"lora {name}": getattr(lora, name) for name in _DEFINING_LORA}
         values |= {
             "server_learning_rate": args.resolved_server_learning_rate,
+            "error_feedback": args.error_feedback or None,
             "clients": len(trainer.client_index),
             "clients_per_round": trainer.cohort_size,
             "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,

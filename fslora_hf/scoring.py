@@ -29,6 +29,7 @@ from .evaluation.results import (
     write_results,
 )
 from .evaluation.runner import EvaluationProtocol, make_protocol, score_rows
+from .folding import folded_base
 from .processes import agree, world
 from .recipe import ModelArguments
 from .subjects import EvaluationArguments, FoundAdapter, check_base_name, check_base_shapes, find_adapters
@@ -94,11 +95,12 @@ def _with_adapter(base: PreTrainedModel, found: FoundAdapter | None) -> Iterator
     if found is None:
         yield base
         return
-    model = PeftModel.from_pretrained(base, str(found.folder))
-    try:
-        yield model.eval()
-    finally:
-        model.unload()
+    with folded_base(base, found.folder):
+        model = PeftModel.from_pretrained(base, str(found.folder))
+        try:
+            yield model.eval()
+        finally:
+            model.unload()
 
 
 def _subject(model: nn.Module, found: FoundAdapter | None, model_args: ModelArguments) -> Subject:

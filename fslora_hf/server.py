@@ -1,9 +1,13 @@
 """The server's state: the global pair, the server optimizer, and their file (safetensors, no pickle)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from .folding import FoldedBase
 
 _OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
@@ -24,6 +28,7 @@ class ServerState:
         optimizer: `sgd` (at rate 1 plain averaging), `sgd_momentum`, `adam` or `adamw`: torch's with torch's
             defaults (momentum 0.9) and no weight decay, which would shrink coordinates that no client trained.
         learning_rate: of the server.
+        base: for a method that folds: takes what the global pair would.
     """
 
     def __init__(
@@ -32,8 +37,10 @@ class ServerState:
         B: dict[str, torch.Tensor],
         optimizer: str = "sgd",
         learning_rate: float = 1.0,
+        base: "FoldedBase | None" = None,
     ):
-        self.A, self.B = A, B
+        self.A, self.B, self._base = A, B, base
+        self._fold_error = 0.0
         self.rank = next(iter(A.values())).shape[0]
         self._parameters = {f"{module}.A": tensor for module, tensor in A.items()}
         self._parameters |= {f"{module}.B": tensor for module, tensor in B.items()}
@@ -52,13 +59,21 @@ class ServerState:
 
         What the update leaves out has no gradient, and so neither a step nor a state.
         """
+        self._fold_error = 0.0
         if update is None:
+            return
+        if self._base is not None:
+            self._fold_error = self._base.fold(*update)
             return
         for tensors, changes in ((self.A, update[0]), (self.B, update[1])):
             for module, change in changes.items():
                 tensors[module].grad = -change
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def notes(self) -> dict[str, float]:
+        """Numbers of the last step for the round ledger."""
+        return {} if self._base is None else {"fold_error": self._fold_error}
 
     def save(self, path: str | Path) -> None:
         """Write the optimizer's state. The global pair itself is the checkpoint's PEFT adapter, exactly."""

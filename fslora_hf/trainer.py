@@ -25,9 +25,10 @@ from trl.trainer.utils import global_then_local_main_first
 from . import run
 from .adapter import PEFT_PREFIX, ClientStack, global_pair, save_client_adapter, widen_adapter
 from .callbacks import RoundCallback, RoundProgressCallback
-from .checkpoint import SERVER_NAME, read_state, rotate, whole_folder
+from .checkpoint import FEEDBACK_NAME, SERVER_NAME, read_state, rotate, whole_folder
 from .checks import (
     check_clients,
+    check_fold,
     check_layers,
     check_prepared_rows,
     check_round_callbacks,
@@ -36,15 +37,18 @@ from .checks import (
     unmatched_targets_told,
 )
 from .clients import ClientIndex
+from .compression import TopK
 from .config import FederatedSketchConfig
 from .draws import seed_from
 from .engine import RoundEngine
+from .feedback import ErrorFeedback
+from .folding import FOLDED_NAME, FoldedBase
 from .head import add_scored_head
 from .hub.publisher import RoundPublisher, find_target
 from .layout import Layout
-from .ledger import LEDGER_NAME
+from .ledger import LEDGER_NAME, read_records
 from .loader import RoundBatches, RoundLoader
-from .methods import method_class
+from .methods import beside, method_class
 from .methods.contract import check_received
 from .plan import ClientPlan, RoundPlan, plan_round
 from .processes import agree, rank
@@ -116,6 +120,7 @@ class FederatedSketchTrainer(SFTTrainer):
         own = sum(isinstance(callback, RoundCallback) for callback in callbacks)
         problems = check_trainer_arguments(args, train_dataset, lora, eval_dataset, unsupported)
         raise_together([*check_round_callbacks(own or 1), *problems])
+        raise_together(check_fold(args.method, quantization_config is not None))
         given_ids = column_to_numpy(train_dataset, args.client_id_column)
         given = ClientIndex.from_column(given_ids, args.client_id_column)
         self.client_ranks = run.ranks_of_clients(args, len(given), lora.r)
@@ -147,7 +152,7 @@ class FederatedSketchTrainer(SFTTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
-        raise_together(check_layers(self.model, self.aux_loss_enabled))
+        raise_together(check_layers(self.model, self.aux_loss_enabled, args.method))
         prepared_ids = column_to_numpy(self.train_dataset, args.client_id_column)
         raise_together(check_prepared_rows(args, self.train_dataset, given_ids, prepared_ids))
         widen_adapter(self.model)
@@ -162,7 +167,7 @@ class FederatedSketchTrainer(SFTTrainer):
         self._engine: RoundEngine | None = None
         self._token_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
         self._scorer, self._asked = RoundScorer(args, eval_dataset, self.model, self.processing_class), None
-        self.rounds_done = 0
+        self.rounds_done, self._bytes_up = 0, 0
 
     def _bind_callbacks(self) -> None:
         callbacks = self.callback_handler.callbacks
@@ -230,6 +235,8 @@ class FederatedSketchTrainer(SFTTrainer):
         server = ServerState(*global_pair(self.model))
         method = method_class(self.args.method)()
         received = check_received(method, server, client, method.receive(server, client, client.sketch))
+        if method.beside_global:
+            received = beside(server, received)
         save_client_adapter(path, received, self.model.peft_config["default"])
 
     @property
@@ -266,7 +273,15 @@ class FederatedSketchTrainer(SFTTrainer):
     def aggregate(self) -> dict[str, Any]:
         record = self._engine.close_round()
         self.rounds_done = record["round"] + 1
+        self._bytes_up += record["bytes_up"]
         return record
+
+    @property
+    def run_ends(self) -> bool:
+        """Whether the round that is just over is the run's last: all are done, or the budget of uploads is used up."""
+        budget = self.args.upload_budget
+        spent = budget is not None and self._bytes_up >= budget * 1e6
+        return spent or self.rounds_done == self.args.num_rounds
 
     # ---- The run ----
 
@@ -278,20 +293,27 @@ class FederatedSketchTrainer(SFTTrainer):
                 torch.distributed.broadcast(tensor.data, src=0)
         method = method_class(args.method)()
         slots = min(args.per_device_train_clients, self.cohort_size)
-        stack = ClientStack(self.model, slots, int(self.client_ranks.max()), trains=method.trains)
+        stack = ClientStack(
+            self.model, slots, int(self.client_ranks.max()), trains=method.trains, beside_global=method.beside_global
+        )
         stack.attach()
+        base = FoldedBase(self.model) if method.folds else None
+        self._feedback = ErrorFeedback(Path(args.output_dir) / FEEDBACK_NAME) if args.error_feedback else None
+        if self._feedback is not None:
+            agree(self._feedback.restore)
         self._engine = RoundEngine(
             plan=self._plan,
             layout=self.layout,
             method=method,
-            server=ServerState(A, B, args.server_optim, args.resolved_server_learning_rate),
+            server=ServerState(A, B, args.server_optim, args.resolved_server_learning_rate, base),
             stack=stack,
             transforms=(check_finite,),
+            compressor=None if args.upload_top_k is None else TopK(args.upload_top_k, method, self._feedback),
             sum_over_processes=torch.distributed.all_reduce if args.world_size > 1 else lambda tensor: None,
             gather=gather_object if args.world_size > 1 else lambda objects: objects,
         )
         self.optimizer = None  # one of an earlier call would hold parameters that are gone
-        self.rounds_done = 0
+        self.rounds_done, self._bytes_up = 0, 0
         if self.publisher is not None:
             self.publisher.start()
 
@@ -469,6 +491,8 @@ class FederatedSketchTrainer(SFTTrainer):
                 self._save(str(folder))
                 self._engine.server.save(folder / SERVER_NAME)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
+                if self._feedback is not None:
+                    self._feedback.link_into(folder, self.rounds_done)
             rotate(self.args.output_dir, self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
@@ -478,6 +502,8 @@ class FederatedSketchTrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+        if method_class(self.args.method).folds:
+            FoldedBase(self.model).save(folder / FOLDED_NAME)
         self.processing_class.save_pretrained(str(folder))
         arguments = json.dumps(mask_tokens(self.args.to_dict()), indent=2, default=_plain)
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
@@ -488,7 +514,11 @@ class FederatedSketchTrainer(SFTTrainer):
         for side, tensors in zip("AB", global_pair(self.model), strict=True):
             for name, tensor in tensors.items():
                 tensor.data.copy_(saved[f"{PEFT_PREFIX}{name}.lora_{side}.weight"])
+        if method_class(self.args.method).folds:
+            FoldedBase(self.model).load(folder / FOLDED_NAME)
         self._engine.server.load(folder / SERVER_NAME)
+        if self._feedback is not None:
+            agree(lambda: self._feedback.restore(folder))
         self.rounds_done = read_state(folder, verify=False)["round"]
 
     def _load_rng_state(self, checkpoint):
@@ -499,5 +529,7 @@ class FederatedSketchTrainer(SFTTrainer):
         # The checkpoint's round counts, not its step, which another layout of processes and blocks may have written.
         self.state.global_step = self.rounds_done * self.layout.steps_per_round
         self.state.epoch = float(self.rounds_done)
+        if self.args.upload_budget is not None and self.rounds_done:
+            self._bytes_up = agree(lambda: sum(record["bytes_up"] for record in read_records(self.ledger_path)))
         self._publish(resumed=True)
-        return self.rounds_done, 0
+        return self.args.num_rounds if self.run_ends else self.rounds_done, 0

@@ -10,6 +10,7 @@ An adapter is `{module name: (A [rank, in], B [out, rank])}`, the name as it was
 import copy
 import math
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -18,23 +19,36 @@ Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Returned = list[tuple[object, Adapter, Adapter]]  # of each client of a round: its plan, what it received, what it held
 
 
-def replay(base, lora_config, start: Adapter, dataset, plans, args, clip_log: list | None = None) -> list[Adapter]:
+def replay(
+    base, lora_config, start: Adapter, dataset, plans, args, clip_log: list | None = None, bases: list | None = None
+) -> list[Adapter]:
     """The global adapter after each of the rounds `plans`, starting from `start`; `base` is left as it is.
 
-    `args` needs what any `TrainingArguments` has, and `method`, `server_optim`, `server_learning_rate`. `clip_log`
-    collects the gradient norm of every local step as it was before clipping.
+    `args` needs what any `TrainingArguments` has, and `method`, `server_optim`, `server_learning_rate`, and
+    `upload_top_k`, `error_feedback`. `clip_log`
+    collects the gradient norm of every local step as it was before clipping, `bases` the base after each round.
     """
+    base, held_back = copy.deepcopy(base), {}
     state = {name: [half.clone().requires_grad_() for half in pair] for name, pair in start.items()}
     server = server_optimizer([half for pair in state.values() for half in pair], args)
     restrict, aggregate = METHODS[args.method]
     after_rounds = []
     for plan in plans:
         now = {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in state.items()}
+        ground = merged(base, now, global_scale(lora_config)) if args.method.startswith("flora") else base
         returned = []
         for client in plan.clients:
             held = restrict(now, client)
-            trained = train_client(base, lora_config, held, dataset, client, plan.learning_rate, args, clip_log)
+            trained = train_client(ground, lora_config, held, dataset, client, plan.learning_rate, args, clip_log)
+            if args.upload_top_k is not None:
+                trained = compressed(client, held, trained, held_back.setdefault(client.client_id, {}), args)
             returned.append((client, held, trained))
+        if args.method == "flora":
+            products = sum_of_products(now, returned)
+            whole = {name: (torch.eye(a.shape[1], dtype=a.dtype), products[name]) for name, (a, _) in now.items()}
+            base = merged(base, whole, global_scale(lora_config))
+        if bases is not None:
+            bases.append(base)
         changes = aggregate(now, returned)
         for name, pair in state.items():
             for half, change in zip(pair, changes[name], strict=True):
@@ -84,9 +98,18 @@ def mean_by_norm(now: Adapter, returned: Returned) -> Adapter:
 
 def mean_product(now: Adapter, returned: Returned) -> Adapter:
     """FlexLoRA: singular values of the dense average; where they are zero, A keeps its rows and B has none."""
+    products = {
+        name: sum(client.weight * trained[name][1] @ trained[name][0] for client, _, trained in returned)
+        for name in now
+    }
+    return best_part(now, products)
+
+
+def best_part(now: Adapter, products: dict[str, torch.Tensor]) -> Adapter:
+    """How the pairs change to become the best part of dense products that has their rank."""
     result = {}
     for name, (a, b) in now.items():
-        product = sum(client.weight * trained[name][1] @ trained[name][0] for client, _, trained in returned)
+        product = products[name]
         u, s, vh = torch.linalg.svd(product)
         new_a, new_b = a.clone(), torch.zeros_like(b)
         for j in range(min(len(a), len(s))):
@@ -97,13 +120,79 @@ def mean_product(now: Adapter, returned: Returned) -> Adapter:
     return result
 
 
+def new_adapter(pairs, client) -> Adapter:
+    """FLoRA: rows of A that the plan draws, and B zero."""
+    return {
+        name: (torch.from_numpy(client.fresh_rows(name, a.shape[1])).to(a), b.new_zeros(len(b), client.rank))
+        for name, (a, b) in pairs.items()
+    }
+
+
+def sum_of_products(now: Adapter, returned: Returned) -> dict[str, torch.Tensor]:
+    """FLoRA: `sum_i w_i r/k_i B_i A_i`, `[out, in]`, each client at the scale of a plain adapter of its rank."""
+    return {
+        name: sum(c.weight * len(a) / c.rank * trained[name][1] @ trained[name][0] for c, _, trained in returned)
+        for name, (a, _) in now.items()
+    }
+
+
+def nothing(now: Adapter, returned: Returned) -> Adapter:
+    """FLoRA: the global pairs stay, since the base changes."""
+    return {name: (torch.zeros_like(a), torch.zeros_like(b)) for name, (a, b) in now.items()}
+
+
+def residual(now: Adapter, returned: Returned) -> Adapter:
+    """FLoRA with a bounded residual: the best part of the old product and the stack."""
+    stack = sum_of_products(now, returned)
+    return best_part(now, {name: b @ a + stack[name] for name, (a, b) in now.items()})
+
+
+def merged(base, pairs: Adapter, scale: float):
+    """A copy of the base with `scale * B A` added to its weights."""
+    base = copy.deepcopy(base)
+    for name, (a, b) in pairs.items():
+        base.get_submodule(name).weight.data += scale * b @ a
+    return base
+
+
 METHODS = {
     "fslora": (sketched, mean_of_sketches),
     "fedit": (sketched, mean_of_sketches),
     "hetlora": (first_part, mean_by_norm),
     "flexlora": (first_part, mean_product),
     "ffa_lora": (sketched, mean_of_sketches),
+    "flora": (new_adapter, nothing),
+    "flora_residual": (new_adapter, residual),
 }
+
+
+# ---- Compression ----
+
+
+def compressed(client, held: Adapter, trained: Adapter, held_back: dict, args) -> Adapter:
+    """What the server takes the client to hold: the largest changes are made, the others are not.
+
+    With error feedback `held_back`, single numbers by their place in the global pair, is added first and holds the
+    rest afterwards.
+    """
+    entries = {}  # place in the global pair: (size of the change, module, side, row, column)
+    for name in held:
+        rows = range(client.rank) if args.method in ("hetlora", "flexlora") else client.sketch(name).tolist()
+        for side in (0, 1):
+            if args.method == "ffa_lora" and side == 0:
+                continue
+            change = trained[name][side] - held[name][side]
+            for (i, j), value in np.ndenumerate(change.numpy()):
+                place = (name, side, rows[i], j) if side == 0 else (name, side, i, rows[j])
+                entries[place] = value + held_back.pop(place, 0.0), name, side, i, j
+    largest = sorted(entries, key=lambda place: -abs(entries[place][0]))[: math.ceil(args.upload_top_k * len(entries))]
+    result = {name: tuple(half.clone() for half in pair) for name, pair in held.items()}
+    for place in largest:
+        value, name, side, i, j = entries.pop(place)
+        result[name][side][i, j] += value
+    if args.error_feedback:
+        held_back.update({place: entry[0] for place, entry in entries.items()})
+    return result
 
 
 # ---- One client ----
@@ -140,8 +229,10 @@ def global_scale(lora_config) -> float:
 
 
 def client_scale(lora_config, method: str, rank: int) -> float:
-    """A sketch makes up for the rows it leaves out; a truncated adapter keeps the global scale."""
-    return global_scale(lora_config) * (lora_config.r / rank if method == "fslora" else 1.0)
+    """A sketch makes up for the rows it leaves out, and a new adapter has alpha / k; a truncated one keeps the global
+    scale."""
+    own = method in ("fslora", "flora", "flora_residual")
+    return global_scale(lora_config) * (lora_config.r / rank if own else 1.0)
 
 
 def rank_k_model(base, lora_config, held: Adapter, rank: int, scale: float | None = None):

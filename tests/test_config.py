@@ -56,6 +56,9 @@ def test_the_defaults_are_the_papers_algorithm():
         "sketch_scope": "module",
         "server_optim": "sgd",
         "server_learning_rate": None,
+        "upload_top_k": None,
+        "error_feedback": False,
+        "upload_budget": None,
         "client_weighting": "uniform",
         "save_rounds": 10,
         "eval_rounds": 0,
@@ -99,9 +102,11 @@ def test_the_servers_rate_depends_on_its_optimizer(optimizer, rate, resolved):
 
 
 NEW_BASIS = (
-    "flexlora writes the adapter in another basis each round, in which neither a part of a step nor moments of "
+    "flexlora learns in new directions each round, in which neither a part of a step nor moments of "
     "earlier rounds mean anything, so remove it."
 )
+
+SHARE = "give a share such as 0.1, or remove it to send all."
 
 # Every refusal, word by word: what was expected, what was found and how to mend it.
 REFUSALS = [
@@ -216,16 +221,36 @@ REFUSALS = [
     ({"server_learning_rate": float("inf")}, "server_learning_rate to be above 0, found inf: give a finite number."),
     ({"hub_deadline": 0.0}, "hub_deadline to be above 0, found 0.0: raise it."),
     ({"hub_deadline": float("inf")}, "hub_deadline to be above 0, found inf: give a finite number."),
+    ({"upload_budget": 0.0}, "upload_budget to be above 0, found 0.0: raise it."),
+    ({"upload_top_k": 0.0}, f"upload_top_k to be above 0 and at most 1, found 0.0: {SHARE}"),
+    ({"upload_top_k": 1.5}, f"upload_top_k to be above 0 and at most 1, found 1.5: {SHARE}"),
+    ({"upload_top_k": float("nan")}, f"upload_top_k to be above 0 and at most 1, found nan: {SHARE}"),
+    (
+        {"error_feedback": True},
+        "error_feedback to be off without upload_top_k, found True: set upload_top_k, or remove it.",
+    ),
+    (
+        {"error_feedback": True, "upload_top_k": 0.1, "method": "flexlora"},
+        "error_feedback to be off with method=flexlora, found True: what a client leaves out would mean nothing in "
+        "its next round, so remove it.",
+    ),
+    (
+        {"error_feedback": True, "upload_top_k": 0.1, "push_resume_state": True},
+        "push_resume_state to be off beside error_feedback, found True: what clients have not sent stays with them, "
+        "so remove one of the two.",
+    ),
     ({"use_cpu": "yes"}, "use_cpu to be true or false, found 'yes': write true or false without quotes."),
     ({"client_id_column": 3}, "client_id_column to be a text, found 3: write a text."),
     (
         {"method": "fslor"},
-        "method to be one of fslora, fedit, hetlora, flexlora, ffa_lora or module:Class, found 'fslor': did you mean "
+        "method to be one of fslora, fedit, hetlora, flexlora, flora, flora_residual, ffa_lora or "
+        "module:Class, found 'fslor': did you mean "
         "fslora.",
     ),
     (
         {"method": "xyz"},
-        "method to be one of fslora, fedit, hetlora, flexlora, ffa_lora or module:Class, found 'xyz': choose one of "
+        "method to be one of fslora, fedit, hetlora, flexlora, flora, flora_residual, ffa_lora or "
+        "module:Class, found 'xyz': choose one of "
         "these.",
     ),
     (
@@ -235,6 +260,15 @@ REFUSALS = [
     (
         {"method": "flexlora", "server_optim": "sgd_momentum", "server_learning_rate": 0.5},
         f"server_optim to be sgd with method=flexlora, found 'sgd_momentum': {NEW_BASIS}",
+    ),
+    (
+        {"method": "flora", "push_to_hub": True},
+        "push_to_hub to be off with method=flora, found True: a round on the Hub is an adapter, and this method "
+        "changes the base, so remove it or set method to flora_residual.",
+    ),
+    (
+        {"method": "flora", "server_optim": "adam"},
+        f"server_optim to be sgd with method=flora, found 'adam': {NEW_BASIS.replace('flexlora', 'flora')}",
     ),
     (
         {"method": "flexlora", "server_learning_rate": 0.5},

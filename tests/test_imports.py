@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "fslora_hf"
 ROWS = [
     {"draws", "settings", "ledger", "processes"},
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
-    {"partition", "plan", "methods", "evaluation"},
-    {"config", "updates", "adapter", "server", "head", "layout"},
-    {"loader", "engine", "checks", "recipe", "hub"},
+    {"partition", "plan", "methods", "evaluation", "feedback"},
+    {"config", "updates", "adapter", "server", "head", "layout", "compression"},
+    {"loader", "engine", "checks", "recipe", "hub", "folding"},
     {"run", "callbacks", "round_scores", "subjects"},
     {"trainer"},
     {"launch", "scoring"},

@@ -27,6 +27,7 @@ METHODS = {  # what differs from the arguments above
     "fslora": {},
     "hetlora": {"server_optim": "sgd_momentum"},
     "flexlora": {"server_optim": "sgd"},
+    "flora_residual": {"server_optim": "sgd"},
     "ffa_lora": {"client_ranks": None},
 }
 

@@ -121,6 +121,8 @@ def test_law_3_killed_in_a_local_step(uninterrupted, fork, tmp_path, event, step
 METHODS = {
     "hetlora": {},
     "flexlora": {"server_optim": "sgd"},
+    "flora": {"server_optim": "sgd"},
+    "flora_residual": {"server_optim": "sgd"},
     "ffa_lora": {"client_ranks": None},
 }
 

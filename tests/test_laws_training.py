@@ -190,6 +190,31 @@ COVERING = {
         },
         {},
     ),
+    "flora_residual, sgd, accumulated, not clipped": (
+        {
+            "method": "flora_residual",
+            "optim": "sgd",
+            "learning_rate": 0.2,
+            "max_grad_norm": 0.0,
+            "gradient_accumulation_steps": 2,
+            "client_ranks": RANKS,
+        },
+        {},
+    ),
+    "flora_residual, adamw, clipped, decayed, part of the clients, by examples, blocks of 2": (
+        {
+            "method": "flora_residual",
+            "optim": "adamw_torch",
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.05,
+            "clients_per_round": 3,
+            "client_weighting": "num_examples",
+            "client_ranks": RANKS,
+            "per_device_train_clients": 2,
+            "num_rounds": 4,
+        },
+        {"rslora": True, "zero_b": False},
+    ),
     "ffa_lora, adamw, clipped, decayed, accumulated, server adam, blocks of 2": (
         {
             "method": "ffa_lora",
@@ -306,7 +331,7 @@ def test_the_twin_at_full_rank_is_plain_peft_training():
     steps = np.arange(12).reshape(3, 4)
     args = SimpleNamespace(
         optim="sgd", weight_decay=0.0, max_grad_norm=1.0, per_device_train_batch_size=2, server_optim="sgd",
-        server_learning_rate=None, method="fslora",
+        server_learning_rate=None, method="fslora", upload_top_k=None,
     )  # fmt: skip
     client = SimpleNamespace(weight=1.0, example_ids=steps, sketch=lambda module: np.arange(6))
     plan = SimpleNamespace(clients=[client], learning_rate=0.2)
@@ -409,6 +434,7 @@ METHODS = {
     "fslora": {"client_ranks": RANKS},
     "hetlora": {"client_ranks": RANKS},
     "flexlora": {"client_ranks": RANKS},
+    "flora_residual": {"client_ranks": RANKS},
     "ffa_lora": {},
 }
 
@@ -428,7 +454,11 @@ def test_law_8_a_checkpoint_is_a_plain_adapter(tmp_path, method):
     torch.testing.assert_close(logits(trainer.model.merge_and_unload()), expected, rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("method, rslora", [("fslora", False), *((method, True) for method in METHODS)])
+# A client of flora_residual trains beside the global adapter: test_flora.py.
+ALONE = [method for method in METHODS if method != "flora_residual"]
+
+
+@pytest.mark.parametrize("method, rslora", [("fslora", False), *((method, True) for method in ALONE)])
 def test_law_8_a_clients_adapter_is_a_plain_adapter_of_its_rank(tmp_path, method, rslora):
     """The client's part of the global adapter, by hand into the base's weights: what plain PEFT makes of the export.
 

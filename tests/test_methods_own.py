@@ -105,7 +105,8 @@ def test_what_a_class_says_of_itself_counts(folder, tmp_path):
 
 # ---- Names that stand for no method ----
 
-BUILT_IN = "Expected method to be one of fslora, fedit, hetlora, flexlora, ffa_lora or module:Class, found "
+NAMES = "fslora, fedit, hetlora, flexlora, flora, flora_residual, ffa_lora"
+BUILT_IN = f"Expected method to be one of {NAMES} or module:Class, found "
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,22 @@ def quantized(saved_base, kind):
     return AutoModelForCausalLM.from_pretrained(saved_base, quantization_config=BitsAndBytesConfig(**KINDS[kind]))
 
 
+def test_flora_needs_weights_that_it_can_change(saved_base, tmp_path):
+    """Told before the model is loaded where it is to be quantized, and at once where it is quantized already."""
+    args = {"output_dir": str(tmp_path), "method": "flora", "use_cpu": True, "bf16": False, "report_to": "none"}
+    rest = {
+        "args": FederatedSketchConfig(**args),
+        "train_dataset": tiny.tokenised(),
+        "peft_config": tiny.lora_config(),
+    }
+    told = "Expected an unquantized base with method=flora, .* or use method=flora_residual"
+    with pytest.raises(ValueError, match=told):
+        FederatedSketchTrainer(model="no/such-model", quantization_config=BitsAndBytesConfig(**KINDS["nf4"]), **rest)
+    with pytest.raises(ValueError, match=told):
+        model = quantized(saved_base, "nf4")
+        FederatedSketchTrainer(model=model, processing_class=tiny.tokenizer(), **rest)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_gradients_equal_a_plain_adapter(saved_base, kind):
     """Two clients of unequal rank; the base is quantized on both sides of the comparison."""

@@ -135,7 +135,8 @@ def test_a_misspelt_key_is_named_with_the_nearest_one_and_every_other_problem(pr
         "did you mean dirichlet.",
         "Expected train_rows_per_task to be at least 1, found 0: raise it.",
         "Expected num_rounds to be an integer, found 'many': write an integer without quotes.",
-        "Expected method to be one of fslora, fedit, hetlora, flexlora, ffa_lora or module:Class, found 'fslor': "
+        "Expected method to be one of fslora, fedit, hetlora, flexlora, flora, flora_residual, ffa_lora or "
+        "module:Class, found 'fslor': "
         "did you mean fslora.",
         "Expected local_steps to be at least 1, found 0: raise it.",
         "Expected save_strategy to be left at 'no', found 'steps': checkpoints are written at round ends, "
@@ -198,7 +199,7 @@ def test_help_shows_every_setting(capsys):
         "--num_rounds",
         "--partition {iid,",
         "--lora_r",
-        "--method {fslora,fedit,hetlora,flexlora,ffa_lora,MODULE:CLASS}",
+        "--method {fslora,fedit,hetlora,flexlora,flora,flora_residual,ffa_lora,MODULE:CLASS}",
     ):
         assert name in text
 

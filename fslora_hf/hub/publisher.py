@@ -115,7 +115,7 @@ class RoundPublisher:
         args, done = self.trainer.args, self.trainer.rounds_done
         if self._pusher is None or done == self._published:
             return
-        ends = done == args.num_rounds or self.trainer.control.should_training_stop
+        ends = self.trainer.run_ends or self.trainer.control.should_training_stop
         if not ends and (args.push_rounds == 0 or done % args.push_rounds):
             return
         self._published = done

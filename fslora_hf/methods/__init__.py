@@ -11,6 +11,7 @@ from .base import (
     PairChange,
     ServerPair,
     SketchedClient,
+    beside,
     first_rows,
     zeros_like_pair,
 )
@@ -18,6 +19,7 @@ from .contract import MethodError
 from .fedit import FedIT
 from .ffa_lora import FFALoRA
 from .flexlora import FlexLoRA
+from .flora import FLoRA, FLoRAResidual
 from .fslora import FSLoRA
 from .hetlora import HetLoRA
 from .own import load_class
@@ -27,6 +29,8 @@ METHODS: dict[str, type[Method]] = {
     "fedit": FedIT,
     "hetlora": HetLoRA,
     "flexlora": FlexLoRA,
+    "flora": FLoRA,
+    "flora_residual": FLoRAResidual,
     "ffa_lora": FFALoRA,
 }
 
@@ -55,6 +59,8 @@ __all__ = [
     "FFALoRA",
     "FlatTensors",
     "FlexLoRA",
+    "FLoRA",
+    "FLoRAResidual",
     "FSLoRA",
     "HetLoRA",
     "Method",
@@ -62,6 +68,7 @@ __all__ = [
     "PairChange",
     "ServerPair",
     "SketchedClient",
+    "beside",
     "first_rows",
     "method_class",
     "zeros_like_pair",

@@ -31,6 +31,10 @@ class SketchedClient(Protocol):
     client_id: int
     rank: int
     weight: float  # its share of the round's average; the shares of a cohort sum to 1
+    participation: float  # the share of rounds that it takes part in, in the mean
+
+    def fresh_rows(self, module: str, features: int) -> np.ndarray:
+        """Rows of a new A for this client and round, float64 `[rank, features]`, uniform on +-1/sqrt(features)."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class Method:
     | and, where the defaults do not fit: | | |
     | `accumulator` | global pair, the cohort | `FlatTensors` of zeros, of any shapes that the cohort decides |
     | `finish` | global pair, the sum of all accumulators | change of A `[r, in]`, of B `[out, r]`, or None |
+    | `rows` | client of rank k, its sketch | where its rows of A stand in the global A, for `error_feedback` |
     | `weigh` | a client's change | its part in the average, at least 0 |
     | `bytes_moved` | global pair, a client | bytes down, bytes up |
     | `notes` | | numbers for the ledger, by names that it does not have |
@@ -134,11 +139,17 @@ class Method:
         trains: the sides of the pair that clients train and send; the other stays what it is when a run begins.
         new_basis: `finish` writes the pair in another basis each round, so that only plain averaging (a server step
             of the whole difference, without memory) makes sense.
+        beside_global: clients compute with the global adapter as it is, and train what they receive beside it, not in
+            its place.
+        folds: what `finish` returns is a product of any rank K, A `[K, in]` and B `[out, K]`, that is added to the
+            base model's weights and not to the global pair.
     """
 
     full_rank_only = False
     trains: tuple[str, ...] = ("A", "B")
     new_basis = False
+    beside_global = False
+    folds = False
 
     def receive(self, state: ServerPair, client: SketchedClient, sketch: Callable[[str], np.ndarray]) -> ClientAdapter:
         """What `client` starts the round with, as tensors of its own (never views of the server's).
@@ -154,6 +165,14 @@ class Method:
             factor on the LoRA scale.
         """
         raise NotImplementedError
+
+    def rows(self, client: SketchedClient, sketch: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray] | None:
+        """Where in the global pair the client's rows of A and columns of B stand: module name -> indices `[k]`.
+
+        What a client holds back of its update from round to round (`error_feedback`) is kept by them. None, the
+        default, if they stand for something else each round.
+        """
+        return None
 
     def accumulator(self, state: ServerPair, cohort: Sequence[SketchedClient]) -> FlatTensors:
         """Zeros that `accumulate` adds to, the same shapes in every process.
@@ -222,4 +241,14 @@ def first_rows(state: ServerPair, rank: int) -> ClientAdapter:
     """Copies of the first `rank` rows of A and columns of B, at the global adapter's own scale."""
     A = {module: tensor[:rank].detach().clone() for module, tensor in state.A.items()}
     B = {module: tensor[:, :rank].detach().clone() for module, tensor in state.B.items()}
+    return ClientAdapter(A, B, scale=1.0)
+
+
+def beside(state: ServerPair, adapter: ClientAdapter) -> ClientAdapter:
+    """The global adapter and a client's beside it as one, of the sum of their ranks; the client's alone if the global
+    one adds nothing."""
+    if not any(B.any() for B in state.B.values()):
+        return adapter
+    A = {module: torch.cat([state.A[module].detach(), rows]) for module, rows in adapter.A.items()}
+    B = {m: torch.cat([state.B[m].detach(), columns * adapter.scale], dim=1) for m, columns in adapter.B.items()}
     return ClientAdapter(A, B, scale=1.0)

@@ -76,14 +76,22 @@ def check_change(method: Method, state: ServerPair, change: Any) -> Any:
     pair = isinstance(change, (tuple, list)) and len(change) == 2
     if not pair or not all(isinstance(side, Mapping) for side in change):
         raise _error(f"{giver} the changes of A and of B, or None", _kind(change), "return two dicts, A and B")
+    rank, rank_name = _rank_of_product(change[0]) if method.folds else (state.rank, "the global rank")
     for side, changes, server_side in (("A", change[0], state.A), ("B", change[1], state.B)):
         if side in method.trains:
-            _check_side(giver, side, changes, server_side, state.rank, "the global rank")
+            _check_side(giver, side, changes, server_side, rank, rank_name)
         elif changes:
             expected = f"{giver} no change of {side}, since trains={tuple(method.trains)}"
             raise _error(expected, f"one of {next(iter(changes))}", f"return {{}} for {side}")
     _check_values(giver, state, *change)
     return change
+
+
+def _rank_of_product(A: Mapping[str, Any]) -> tuple[int, str]:
+    """The rank that a product to fold has in all modules: that of the first."""
+    module, first = next(iter(A.items()), ("the first module", None))
+    rank = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() == 2 else 0
+    return rank, f"that of A of {module}"
 
 
 def _check_side(

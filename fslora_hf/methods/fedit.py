@@ -14,6 +14,9 @@ class FedIT(Method):
     def receive(self, state, client, sketch):
         return first_rows(state, state.rank)
 
+    def rows(self, client, sketch):
+        return sketch
+
     def accumulate(self, accumulator, update):
         accumulator["weight"] += update.weight
         for side, changes in (("A", update.A), ("B", update.B)):

@@ -17,6 +17,9 @@ class FSLoRA(Method):
         A, B = ({module: pair[side] for module, pair in pairs.items()} for side in (0, 1))
         return ClientAdapter(A, B, scale=state.rank / client.rank)
 
+    def rows(self, client, sketch):
+        return sketch
+
     def accumulate(self, accumulator, update):
         accumulator["weight"] += update.weight
         for module in update.A:

@@ -18,6 +18,7 @@ Decided here:
 - The paper's self-pruning of client ranks is left for later: ranks are those of the plan.
 """
 
+import numpy as np
 import torch
 
 from .base import ClientAdapter, Method, first_rows, zeros_like_pair
@@ -28,6 +29,9 @@ class HetLoRA(Method):
 
     def receive(self, state, client, sketch):
         return first_rows(state, client.rank)
+
+    def rows(self, client, sketch):
+        return lambda module: np.arange(client.rank)
 
     def weigh(self, update):
         return update.weight * product_norm(update.returned)

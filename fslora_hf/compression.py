@@ -1,0 +1,75 @@
+"""Top-k compression of what a client sends: the largest numbers of its change, and their places."""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from .feedback import ErrorFeedback
+from .methods import ClientUpdate, Method, SketchedClient
+
+
+class TopK:
+    """Keep a share of each client's change: of A and B of all modules together, the numbers largest in size.
+
+    With error feedback, what is left out waits on the client, is added to its change when it next takes part, and is
+    sent once it is large enough (S. U. Stich et al., "Sparsified SGD with Memory", arXiv 1809.07599). It is kept by
+    the rows of the global A and columns of the global B that it is meant for, so a client whose sketch leaves some of
+    them out this time keeps those for later.
+
+    Args:
+        share: of the numbers of a change, above 0 and at most 1; rounded up to whole numbers.
+        method: says which rows a client's are.
+        feedback: what clients have left out so far; None to forget it.
+    """
+
+    def __init__(self, share: float, method: Method, feedback: ErrorFeedback | None = None):
+        self._share, self._method, self._feedback = share, method, feedback
+
+    @torch.no_grad()
+    def compress(self, round: int, client: SketchedClient, update: ClientUpdate) -> ClientUpdate:
+        """The update that reaches the server of a client in a round: zeros stand where nothing was sent."""
+        if self._feedback is None:
+            return replace(update, **dict(zip("AB", self._largest(update.A, update.B), strict=True)))
+        rows = self._method.rows(client, client.sketch)
+        waiting = self._feedback.take(client.client_id, round)
+        for module in {**update.A, **update.B}:
+            waiting.add(module, rows(module), update.A.get(module), update.B.get(module))
+        A, B = (
+            {m: waiting.part(side, m, rows(m)).to(change.device) for m, change in given.items()}
+            for side, given in (("A", update.A), ("B", update.B))
+        )
+        sent = self._largest(A, B)
+        for module in {**A, **B}:
+            waiting.subtract(module, rows(module), sent[0].get(module), sent[1].get(module))
+        self._feedback.keep(client.client_id, round, waiting)
+        return replace(update, A=sent[0], B=sent[1])
+
+    def _largest(self, *sides: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Copies of the tensors with zeros in all but the largest places."""
+        flat = torch.cat([tensor.reshape(-1) for side in sides for tensor in side.values()])
+        kept = flat.abs().topk(_kept(flat.numel(), self._share), sorted=False).indices
+        sparse = torch.zeros_like(flat)
+        sparse[kept] = flat[kept]
+        pieces = iter(sparse.split([tensor.numel() for side in sides for tensor in side.values()]))
+        return [{module: next(pieces).view(tensor.shape) for module, tensor in side.items()} for side in sides]
+
+    def bytes_up(self, dense: int, element_size: int) -> int:
+        """Bytes of an update that would take `dense` bytes whole.
+
+        The numbers that are sent, and 4 bytes for the place of each or one bit for every place there is, whichever is
+        less; or the whole update where that is least.
+        """
+        numbers = dense // element_size
+        kept = _kept(numbers, self._share)
+        places = min((4 if numbers < 2**32 else 8) * kept, math.ceil(numbers / 8))
+        return min(kept * element_size + places, dense)
+
+    def close_round(self, round: int) -> None:
+        """Forget what clients had left out before their part in this round, which is over."""
+        if self._feedback is not None:
+            self._feedback.close_round(round)
+
+
+def _kept(numbers: int, share: float) -> int:
+    return min(numbers, math.ceil(share * numbers))

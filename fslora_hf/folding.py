@@ -1,0 +1,115 @@
+"""A base model that a method folds what is learned into, and the file that holds its changed weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .adapter import lora_layers
+
+FOLDED_NAME = "folded_base.safetensors"
+
+
+class FoldedBase:
+    """The weights that an adapter is added to, `[out, in]` by module, in the model itself.
+
+    Args:
+        model: its layers' own weights, not copies, are what `fold` changes.
+    """
+
+    def __init__(self, model: PeftModel, adapter_name: str = "default"):
+        layers = lora_layers(model, adapter_name)
+        self._weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+        self._transposed = {name for name, layer in layers.items() if getattr(layer, "fan_in_fan_out", False)}
+        self._scales = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
+
+    @torch.no_grad()
+    def fold(self, A: Mapping[str, torch.Tensor], B: Mapping[str, torch.Tensor]) -> float:
+        """Add `s * B A` to every weight, `s` the module's LoRA scale, one module at a time.
+
+        Args:
+            A: module name -> `[K, in]`, of any rank K.
+            B: module name -> `[out, K]`.
+
+        Returns:
+            The squared Frobenius norm of what rounding to the weights' own type took away; 0 for float32 and float64
+            weights, which lose no more than any sum does.
+        """
+        errors = []
+        for name, weight in self._weights.items():
+            target = weight.data.mT if name in self._transposed else weight.data
+            if target.dtype == A[name].dtype:
+                target.addmm_(B[name], A[name], alpha=self._scales[name])
+                continue
+            exact = torch.addmm(target.to(A[name].dtype), B[name], A[name], alpha=self._scales[name])
+            target.copy_(exact)
+            errors.append((exact - target).square().sum(dtype=torch.float64))
+        return torch.stack(errors).sum().item() if errors else 0.0
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights under the names they have in the base model, whatever adapters are in it."""
+        tensors = {f"{name}.weight": weight.detach().contiguous() for name, weight in self._weights.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    @torch.no_grad()
+    def load(self, path: str | Path) -> None:
+        """Read what `save` wrote, for the same model."""
+        saved = load_file(path)
+        for name, weight in self._weights.items():
+            weight.data.copy_(saved[f"{name}.weight"])
+
+
+def load_folded_base(model: nn.Module, folder: str | Path) -> bool:
+    """Give a base model the weights that a run of `method: flora` left in `folder`; False if there are none.
+
+    Args:
+        model: the base that the run began with, unquantized and without adapters; its weights are overwritten.
+        folder: a checkpoint, or a finished run's folder.
+
+    Raises:
+        ValueError: the file's weights do not fit the model.
+    """
+    path = Path(folder) / FOLDED_NAME
+    if not path.is_file():
+        return False
+    saved, parameters = _read(path), dict(model.named_parameters())
+    for name, weight in saved.items():
+        own = parameters.get(name)
+        if own is None or own.shape != weight.shape or not own.is_floating_point():
+            found = "none" if own is None else f"{tuple(own.shape)} of {own.dtype}"
+            raise ValueError(
+                f"Expected a base model with {name} of shape {tuple(weight.shape)}, as {path} has it, found {found}: "
+                "load the base that the run was trained on, unquantized."
+            )
+    with torch.no_grad():
+        for name, weight in saved.items():
+            parameters[name].copy_(weight)
+    return True
+
+
+@contextmanager
+def folded_base(model: nn.Module, folder: str | Path) -> Iterator[None]:
+    """The base with the weights that `load_folded_base` finds in `folder`, if any, and its own again afterwards."""
+    path = Path(folder) / FOLDED_NAME
+    names = _read(path).keys() if path.is_file() else ()
+    own = {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
+    try:
+        load_folded_base(model, folder)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in own:
+                    parameter.copy_(own[name])
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"Expected weights in {path}, found damage ({error}): take another checkpoint.") from error
