@@ -35,9 +35,6 @@ class FLoRA(Stacking):
     beside_global = True
     folds = True
 
-    def __init__(self):
-        self._stacked_rank = 0
-
     def receive(self, state, client, sketch):
         A, B = {}, {}
         for module, like in state.A.items():
@@ -46,23 +43,18 @@ class FLoRA(Stacking):
             B[module] = torch.zeros_like(state.B[module][:, : client.rank])
         return ClientAdapter(A, B, scale=state.rank / client.rank)
 
-    def accumulator(self, state, cohort):
-        self._stacked_rank = sum(client.rank for client in cohort)
-        return super().accumulator(state, cohort)
-
     def finish(self, state, accumulator):
         if accumulator["weight"].sum().item() == 0.0:
             return None
         A, B = {}, {}
         for module in state.A:
-            parts_A, parts_B = stacked(accumulator, module)
-            A[module], B[module] = torch.cat(parts_A), torch.cat(parts_B, dim=1)
+            A[module], B[module] = stacked(accumulator, module)
         return A, B
 
     def bytes_moved(self, state, client):
         up = super().bytes_moved(state, client)[1]
         dense = sum(A.shape[1] * state.B[m].shape[0] * A.element_size() for m, A in state.A.items())
-        stack = up // client.rank * self._stacked_rank
+        stack = up // client.rank * self._ends[-1]
         return round(min(stack / client.participation, dense)), up
 
 
@@ -72,7 +64,6 @@ class FLoRAResidual(FLoRA):
     folds = False
 
     def __init__(self):
-        super().__init__()
         self._truncation_error = 0.0
 
     def finish(self, state, accumulator):
@@ -81,9 +72,9 @@ class FLoRAResidual(FLoRA):
             self._truncation_error = 0.0
             return None
         for module, old_A in state.A.items():
-            parts_A, parts_B = stacked(accumulator, module)
-            old_B = state.B[module]
-            new_A, new_B, error = best_pair([old_A, *parts_A], [old_B, *parts_B], old_A)
+            old_B, (stack_A, stack_B) = state.B[module], stacked(accumulator, module)
+            factors = torch.cat([old_A, stack_A]), torch.cat([old_B, stack_B], dim=1)
+            new_A, new_B, error = best_pair(*factors, old_A)
             A[module], B[module] = new_A.sub_(old_A), new_B.sub_(old_B)
             errors.append(error)
         self._truncation_error = torch.stack(errors).sum().item()

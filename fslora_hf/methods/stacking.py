@@ -2,7 +2,7 @@
 `B A` with the factors side by side, `B [out, K]`, `A [K, in]`, `K = sum_i k_i`, and is never made.
 """
 
-from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -12,46 +12,43 @@ ROUNDING = 10  # singular values up to so many units in the last place of the fa
 
 
 class Stacking(Method):
-    """Gives each client of a cohort a slot of its own for the pair it returns and its weight.
+    """Gives each client of a cohort rows of a stacked A and columns of a stacked B of its own, for what it returns.
 
-    Only that client fills it, so that sums over processes stack them.
+    Only that client fills them, so that sums over processes stack them.
     """
 
     new_basis = True
 
     def accumulator(self, state, cohort):
+        self._ends = list(accumulate(client.rank for client in cohort))  # of a client's rows, by its position
         shapes = {"weight": (len(cohort),)}
         for module, A in state.A.items():
-            out = state.B[module].shape[0]
-            for position, client in enumerate(cohort):
-                shapes[f"{module}.A.{position}"] = client.rank, A.shape[1]
-                shapes[f"{module}.B.{position}"] = out, client.rank
+            shapes[f"{module}.A"] = self._ends[-1], A.shape[1]
+            shapes[f"{module}.B"] = state.B[module].shape[0], self._ends[-1]
         return zeros_like_pair(state, shapes)
 
     def accumulate(self, accumulator, update):
-        returned, slot = update.returned, update.position
-        accumulator["weight"][slot] += update.weight
+        returned, end = update.returned, self._ends[update.position]
+        accumulator["weight"][update.position] += update.weight
         for module, A in returned.A.items():
-            accumulator[f"{module}.A.{slot}"].add_(A)
-            accumulator[f"{module}.B.{slot}"].add_(returned.B[module], alpha=update.weight * returned.scale)
+            rows = slice(end - len(A), end)
+            accumulator[f"{module}.A"][rows].add_(A)
+            accumulator[f"{module}.B"][:, rows].add_(returned.B[module], alpha=update.weight * returned.scale)
 
 
-def stacked(accumulator: FlatTensors, module: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Factors of all clients in one module, A `[k_i, in]` and B `[out, k_i]` times its scale and its share of the
-    accepted weight."""
-    weights = accumulator["weight"]
-    slots, total = range(len(weights)), weights.sum()
-    A = [accumulator[f"{module}.A.{slot}"] for slot in slots]
-    return A, [accumulator[f"{module}.B.{slot}"] / total for slot in slots]
+def stacked(accumulator: FlatTensors, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of one module, A `[K, in]` and B `[out, K]`, whose product is the average: each client's B times its
+    scale and its share of the accepted weight. Used up: the accumulator's own B is divided."""
+    return accumulator[f"{module}.A"], accumulator[f"{module}.B"].div_(accumulator["weight"].sum())
 
 
 def best_pair(
-    A: Sequence[torch.Tensor], B: Sequence[torch.Tensor], old_A: torch.Tensor
+    A: torch.Tensor, B: torch.Tensor, old_A: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best rank-r part of `sum_i B_i A_i`, balanced, and the sum of the squared singular values left out.
+    """The best rank-r part of `B A`, balanced, and the sum of the squared singular values left out.
 
     Args:
-        A, B: the factors, `[k_i, in]` and `[out, k_i]`.
+        A, B: the factors, `[K, in]` and `[out, K]`.
         old_A: `[r, in]`, the rows of A where a singular value is zero.
 
     Returns:
@@ -59,8 +56,13 @@ def best_pair(
 
     Decomposes in float64, so that what is below the rounding of a float32 adapter is still told from zero.
     """
-    Q_A, R_A = torch.linalg.qr(torch.cat([part.mT for part in A], dim=1).double())  # [in, m], [m, K]
-    Q_B, R_B = torch.linalg.qr(torch.cat(list(B), dim=1).double())  # [out, n], [n, K]
+    # The larger factor first, while nothing of the other is held: the peak is two float64 copies of it.
+    if len(B) >= A.shape[1]:
+        Q_B, R_B = torch.linalg.qr(B.double())  # [out, n], [n, K]
+        Q_A, R_A = torch.linalg.qr(A.mT.double())  # [in, m], [m, K]
+    else:
+        Q_A, R_A = torch.linalg.qr(A.mT.double())
+        Q_B, R_B = torch.linalg.qr(B.double())
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
     rank = min(len(old_A), len(S))
     root = S[:rank].sqrt()
