@@ -1,6 +1,6 @@
 """A base model that a method folds what is learned into, and the file that holds its changed weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,17 +16,28 @@ FOLDED_NAME = "folded_base.safetensors"
 
 
 class FoldedBase:
-    """The weights that an adapter is added to, `[out, in]` by module, in the model itself.
+    """The weights that an adapter is added to.
 
     Args:
-        model: its layers' own weights, not copies, are what `fold` changes.
+        weights: module name -> `[out, in]`, the model's own, not copies: they are what `fold` changes.
+        scales: module name -> the LoRA scale of the global adapter.
+        transposed: modules whose weight is `[in, out]`, as GPT-2's are.
     """
 
-    def __init__(self, model: PeftModel, adapter_name: str = "default"):
+    def __init__(
+        self, weights: Mapping[str, torch.Tensor], scales: Mapping[str, float], transposed: Collection[str] = ()
+    ):
+        self._weights, self._scales, self._transposed = weights, scales, transposed
+
+    @classmethod
+    def of(cls, model: PeftModel, adapter_name: str = "default") -> "FoldedBase":
+        """The weights of the layers that an adapter of `model` is added to."""
         layers = lora_layers(model, adapter_name)
-        self._weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-        self._transposed = {name for name, layer in layers.items() if getattr(layer, "fan_in_fan_out", False)}
-        self._scales = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
+        return cls(
+            {name: layer.get_base_layer().weight for name, layer in layers.items()},
+            {name: layer.scaling[adapter_name] for name, layer in layers.items()},
+            {name for name, layer in layers.items() if getattr(layer, "fan_in_fan_out", False)},
+        )
 
     @torch.no_grad()
     def fold(self, A: Mapping[str, torch.Tensor], B: Mapping[str, torch.Tensor]) -> float:

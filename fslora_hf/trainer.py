@@ -297,7 +297,7 @@ class FederatedSketchTrainer(SFTTrainer):
             self.model, slots, int(self.client_ranks.max()), trains=method.trains, beside_global=method.beside_global
         )
         stack.attach()
-        base = FoldedBase(self.model) if method.folds else None
+        base = FoldedBase.of(self.model) if method.folds else None
         self._feedback = ErrorFeedback(Path(args.output_dir) / FEEDBACK_NAME) if args.error_feedback else None
         if self._feedback is not None:
             agree(self._feedback.restore)
@@ -503,7 +503,7 @@ class FederatedSketchTrainer(SFTTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
         if method_class(self.args.method).folds:
-            FoldedBase(self.model).save(folder / FOLDED_NAME)
+            FoldedBase.of(self.model).save(folder / FOLDED_NAME)
         self.processing_class.save_pretrained(str(folder))
         arguments = json.dumps(mask_tokens(self.args.to_dict()), indent=2, default=_plain)
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
@@ -515,7 +515,7 @@ class FederatedSketchTrainer(SFTTrainer):
             for name, tensor in tensors.items():
                 tensor.data.copy_(saved[f"{PEFT_PREFIX}{name}.lora_{side}.weight"])
         if method_class(self.args.method).folds:
-            FoldedBase(self.model).load(folder / FOLDED_NAME)
+            FoldedBase.of(self.model).load(folder / FOLDED_NAME)
         self._engine.server.load(folder / SERVER_NAME)
         if self._feedback is not None:
             agree(lambda: self._feedback.restore(folder))

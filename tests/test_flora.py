@@ -215,7 +215,7 @@ def test_a_fold_tells_what_the_bases_precision_gave_up(dtype, exact):
     before = weights(tiny.base_model(dtype))
     A = {name: randn(3, w.shape[1], seed=1).to(adapter) for name, w in before.items()}
     B = {name: randn(w.shape[0], 3, seed=2).to(adapter) * 1e-3 for name, w in before.items()}
-    error, gap = FoldedBase(model).fold(A, B), 0.0
+    error, gap = FoldedBase.of(model).fold(A, B), 0.0
     for name, layer in reference.lora_layers(model):
         wanted = before[name].to(adapter) + 2.0 * B[name] @ A[name]  # alpha 12, rank 6
         gap += (layer.get_base_layer().weight.to(adapter) - wanted).square().sum(dtype=torch.float64).item()

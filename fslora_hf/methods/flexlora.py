@@ -43,7 +43,8 @@ class FlexLoRA(Stacking):
             self._truncation_error = 0.0
             return None
         for module, old_A in state.A.items():
-            new_A, new_B, error = best_pair(*stacked(accumulator, module), old_A)
+            stack_A, stack_B = stacked(accumulator, module)
+            new_A, new_B, error = best_pair([stack_A], [stack_B], old_A)
             A[module], B[module] = new_A.sub_(old_A), new_B.sub_(state.B[module])
             errors.append(error)
         self._truncation_error = torch.stack(errors).sum().item()

@@ -73,8 +73,7 @@ class FLoRAResidual(FLoRA):
             return None
         for module, old_A in state.A.items():
             old_B, (stack_A, stack_B) = state.B[module], stacked(accumulator, module)
-            factors = torch.cat([old_A, stack_A]), torch.cat([old_B, stack_B], dim=1)
-            new_A, new_B, error = best_pair(*factors, old_A)
+            new_A, new_B, error = best_pair([old_A, stack_A], [old_B, stack_B], old_A)
             A[module], B[module] = new_A.sub_(old_A), new_B.sub_(old_B)
             errors.append(error)
         self._truncation_error = torch.stack(errors).sum().item()

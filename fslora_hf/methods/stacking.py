@@ -2,6 +2,8 @@
 `B A` with the factors side by side, `B [out, K]`, `A [K, in]`, `K = sum_i k_i`, and is never made.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -43,35 +45,58 @@ def stacked(accumulator: FlatTensors, module: str) -> tuple[torch.Tensor, torch.
 
 
 def best_pair(
-    A: torch.Tensor, B: torch.Tensor, old_A: torch.Tensor
+    A: Sequence[torch.Tensor], B: Sequence[torch.Tensor], old_A: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best rank-r part of `B A`, balanced, and the sum of the squared singular values left out.
+    """The best rank-r part of `sum_i B_i A_i`, balanced, and the sum of the squared singular values left out.
 
     Args:
-        A, B: the factors, `[K, in]` and `[out, K]`.
+        A, B: the factors, `[k_i, in]` and `[out, k_i]`.
         old_A: `[r, in]`, the rows of A where a singular value is zero.
 
     Returns:
         A `[r, in]` and B `[out, r]` in the type of `old_A`, and the error (a float64 scalar tensor).
 
-    Decomposes in float64, so that what is below the rounding of a float32 adapter is still told from zero.
+    Decomposes in float64, so that what is below the rounding of a float32 adapter is still told from zero. Holds one
+    float64 copy of each factor.
     """
-    # The larger factor first, while nothing of the other is held: the peak is two float64 copies of it.
-    if len(B) >= A.shape[1]:
-        Q_B, R_B = torch.linalg.qr(B.double())  # [out, n], [n, K]
-        Q_A, R_A = torch.linalg.qr(A.mT.double())  # [in, m], [m, K]
-    else:
-        Q_A, R_A = torch.linalg.qr(A.mT.double())
-        Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = _decompose(A)
+    Q_B, R_B = _decompose([part.mT for part in B])
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
     rank = min(len(old_A), len(S))
     root = S[:rank].sqrt()
-    rows, columns = root[:, None] * (Vh[:rank] @ Q_A.mT), Q_B @ U[:, :rank] * root
+    rows, columns = Q_A.times(Vh[:rank].mT * root).mT, Q_B.times(U[:, :rank] * root)
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).double()
     smallest = ROUNDING * torch.finfo(old_A.dtype).eps * torch.linalg.norm(R_A) * torch.linalg.norm(R_B)
     zero = S[:rank] <= smallest
-    new_A, new_B = old_A.detach().clone(), old_A.new_zeros(Q_B.shape[0], len(old_A))
+    new_A, new_B = old_A.detach().clone(), old_A.new_zeros(len(columns), len(old_A))
     new_A[:rank] = torch.where(zero[:, None], new_A[:rank], (rows * sign).to(new_A.dtype))
     new_B[:, :rank] = torch.where(zero, 0.0, (columns * sign[:, 0]).to(new_B.dtype))
     return new_A, new_B, S[rank:].square().sum()
+
+
+@dataclass(frozen=True)
+class _Orthonormal:
+    """A matrix of orthonormal columns `[n, m]` as a product of m reflections, which takes no memory of its own."""
+
+    reflections: torch.Tensor
+    factors: torch.Tensor
+
+    def times(self, other: torch.Tensor) -> torch.Tensor:
+        """Its product `[n, columns]` with `other` `[m, columns]`."""
+        padded = other.new_zeros(other.shape[1], len(self.reflections)).mT  # column by column, as LAPACK wants it
+        padded[: len(other)] = other
+        return torch.ormqr(self.reflections, self.factors, padded)
+
+
+def _decompose(rows: Sequence[torch.Tensor]) -> tuple[_Orthonormal, torch.Tensor]:
+    """QR in float64 of the matrix whose columns, of length n, are the given rows `[k_i, n]`: Q `[n, m]`, R `[m, K]`,
+    m the smaller of n and K."""
+    ends = list(accumulate(len(part) for part in rows))
+    wide = rows[0].new_empty(ends[-1], rows[0].shape[1], dtype=torch.float64)
+    for part, end in zip(rows, ends, strict=True):
+        wide[end - len(part) : end] = part
+    factors = wide.new_empty(min(wide.shape))
+    torch.geqrf(wide.mT, out=(wide.mT, factors))  # in place
+    m = len(factors)
+    return _Orthonormal(wide.mT[:, :m], factors), wide.mT[:m].triu()

@@ -1,0 +1,162 @@
+"""What the server does in a round, for every method: time, and memory beyond the adapters it holds.
+
+    python recipes/benchmarks/server.py
+
+The adapter is that of one layer of Llama 3.2 3B (q, k, v, up and down projections); a model has 28 of them, one after
+the other, so times are to be multiplied and memory is not. Clients' updates are random. Each measurement is a process
+of its own: the accumulator with all clients' updates in it is held already when the clock starts at `finish`, and
+the server's step ends it. Memory is the most that the process holds meanwhile (Linux: VmHWM) beyond what it held
+before, adapters and accumulator included, and beyond the change, which is an adapter itself. Writes JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from throughput import processor  # beside this file
+
+LAYERS = 28
+SHAPES = {  # in, out
+    "q_proj": (3072, 3072),
+    "k_proj": (3072, 1024),
+    "v_proj": (3072, 1024),
+    "up_proj": (3072, 8192),
+    "down_proj": (8192, 3072),
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=64, help="of the global adapter")
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--client_ranks", type=int, nargs="+", default=[16, 64], help="one measurement each")
+    parser.add_argument("--methods", nargs="+", help="all that are built in, unless named")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", default="outputs/server.json")
+    parser.add_argument("--worker", nargs=2, metavar=("METHOD", "RANK"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+class Client:
+    """A client of a cohort that is alike in everything."""
+
+    def __init__(self, rank: int, cohort: int):
+        self.client_id, self.rank, self.weight, self.participation = 0, rank, 1 / cohort, 1.0
+
+    def sketch(self, module: str):
+        return np.arange(self.rank)
+
+    def fresh_rows(self, module: str, features: int):
+        return np.random.default_rng(0).uniform(-1, 1, (self.rank, features)) / features**0.5
+
+
+def work(name: str, client_rank: int, options: argparse.Namespace) -> dict:
+    """Seconds of `finish` and the step, and the bytes that they held beyond what was there."""
+    from fslora_hf.folding import FoldedBase
+    from fslora_hf.methods import METHODS, ClientUpdate
+    from fslora_hf.server import ServerState
+
+    torch.manual_seed(0)
+    method, r = METHODS[name](), options.rank
+    A = {module: torch.randn(r, wide) for module, (wide, _) in SHAPES.items()}
+    B = {module: torch.randn(out, r) for module, (_, out) in SHAPES.items()}
+    weights = {module: torch.zeros(out, wide) for module, (wide, out) in SHAPES.items()} if method.folds else {}
+    base = FoldedBase(weights, dict.fromkeys(SHAPES, 1.0)) if method.folds else None
+    server = ServerState(A, B, base=base)
+    cohort = [Client(client_rank, options.clients) for _ in range(options.clients)]
+    accumulator = method.accumulator(server, cohort)
+    for position, client in enumerate(cohort):
+        held = method.receive(server, client, client.sketch)
+        change = [
+            {module: torch.randn_like(tensor) for module, tensor in side.items()} if letter in method.trains else {}
+            for letter, side in (("A", held.A), ("B", held.B))
+        ]
+        method.accumulate(accumulator, ClientUpdate(*change, client.weight, client.sketch, held, position))
+        del held, change
+    torch.linalg.svd(torch.linalg.qr(torch.eye(8).double())[1])  # load what decomposes
+    forget_peak()
+    before, start = memory("VmRSS"), time.perf_counter()
+    with torch.no_grad():
+        change = method.finish(server, accumulator)
+        server.step(change)
+    seconds, held = time.perf_counter() - start, memory("VmHWM") - before
+    # The change is an adapter itself, held twice: the optimizer takes its negative for a gradient.
+    own = 0 if method.folds else 2 * sum(t.numel() * t.element_size() for side in change for t in side.values())
+    return {"seconds": seconds, "bytes": max(0, held - own)}
+
+
+def memory(field: str) -> int:
+    """Bytes of this process, by a field of Linux's /proc/self/status."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def run_worker(name: str, client_rank: int) -> dict:
+    # A fixed threshold: otherwise memory that was freed once is kept, and taken again without being seen.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, str(client_rank)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"Expected {name} at rank {client_rank} to be measured, found the error above.")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(options: argparse.Namespace) -> list[dict]:
+    from fslora_hf.methods import METHODS
+
+    cases = [
+        (name, rank)
+        for name in options.methods or METHODS
+        for rank in ([options.rank] if METHODS[name].full_rank_only else options.client_ranks)
+    ]
+    measured: dict[tuple[str, int], list[dict]] = {case: [] for case in cases}
+    total, start = len(cases) * options.repeats, time.monotonic()
+    for number in range(total):
+        name, rank = cases[number % len(cases)]
+        measured[name, rank].append(run_worker(name, rank))
+        left = (time.monotonic() - start) / (number + 1) * (total - number - 1)
+        print(f"{number + 1}/{total} {name}, rank {rank}, {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
+    return [
+        {"method": name, "client_rank": rank, **{key: statistics.median(run[key] for run in runs) for key in runs[0]}}
+        for (name, rank), runs in measured.items()
+    ]
+
+
+def main() -> None:
+    options = parse()
+    if options.worker:
+        print(json.dumps(work(options.worker[0], int(options.worker[1]), options)))
+        return
+    rows = measure(options)
+    dense = max(wide * out * 4 for wide, out in SHAPES.values())
+    print(f"{'method':16}{'client rank':>12}{'s a layer':>11}{'s a model':>11}{'MB beyond':>11}{'of a dense one':>16}")
+    for row in rows:
+        print(f"{row['method']:16}{row['client_rank']:12}{row['seconds']:11.2f}{LAYERS * row['seconds']:11.0f}"
+              f"{row['bytes'] / 1e6:11.0f}{row['bytes'] / dense:16.2f}")  # fmt: skip
+    settings = {key: value for key, value in vars(options).items() if key not in ("worker", "output")}
+    result = {"settings": settings, "layers": LAYERS, "dense_layer_bytes": dense, "results": rows}
+    result["versions"] = {name: version(name) for name in ("torch", "fslora_hf")} | {
+        "python": platform.python_version()
+    }
+    result["hardware"] = {"device": processor(), "threads": torch.get_num_threads()}
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"Written: {output}")
+
+
+if __name__ == "__main__":
+    main()
