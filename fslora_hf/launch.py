@@ -24,13 +24,8 @@ def held_out_rows(recipe: RecipeArguments, seed: int) -> Dataset | None:
     return load_rows(recipe.dataset, "test", rows_per_task=recipe.eval_rows_per_task, **source)
 
 
-def build_trainer(
-    recipe: RecipeArguments,
-    args: FederatedSketchConfig,
-    model_args: ModelArguments,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> FederatedSketchTrainer:
-    """The trainer that a recipe describes: its rows split among clients, its model loaded."""
+def training_rows(recipe: RecipeArguments, args: FederatedSketchConfig) -> Dataset:
+    """The rows a recipe trains on, split among its clients."""
     source = {"data_dir": recipe.data_dir, "tasks": recipe.tasks, "seed": args.seed}
     train = load_rows(recipe.dataset, "train", rows_per_task=recipe.train_rows_per_task, **source)
     if recipe.partition != "column" or recipe.partition_column != args.client_id_column:
@@ -43,6 +38,17 @@ def build_trainer(
             min_examples=args.min_examples,
             **recipe.partition_options,
         )
+    return train
+
+
+def build_trainer(
+    recipe: RecipeArguments,
+    args: FederatedSketchConfig,
+    model_args: ModelArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FederatedSketchTrainer:
+    """The trainer that a recipe describes: its rows split among clients, its model loaded."""
+    train = training_rows(recipe, args)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

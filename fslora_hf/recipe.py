@@ -212,12 +212,55 @@ def parse_recipe(dataclass_types: Iterable[type], args: list[str] | None = None)
         SettingsError: a ValueError with one line for each problem.
     """
     types = list(dataclass_types)
-    parser = _Parser(types, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, which the other arguments override.")
     problems: list[str] = []
-    converters, given = _command_line(parser, sys.argv[1:] if args is None else args, problems)
+    converters, given = _command_line(_parser(types), sys.argv[1:] if args is None else args, problems)
     path = given.pop("config", None)
     values = ({} if path is None else _from_file(path, converters, problems)) | given
+    return _build(types, values, converters, problems)
+
+
+def read_flags(dataclass_types: Iterable[type], args: list[str]) -> dict[str, Any]:
+    """The settings that a command line names, as values of their fields; whether they work together is not checked.
+
+    Raises:
+        SettingsError: a setting that no dataclass has, or a text that cannot be a value of its field.
+    """
+    problems: list[str] = []
+    converters, given = _command_line(_parser(list(dataclass_types)), args, problems)
+    given.pop("config", None)
+    return _converted(given, converters, "on the command line", problems)
+
+
+def read_file(dataclass_types: Iterable[type], path: str) -> dict[str, Any]:
+    """The settings of a recipe file, as `read_flags`; its `env` sets environment variables."""
+    problems: list[str] = []
+    known = _known(dataclass_types)
+    return _converted(_from_file(path, known, problems), known, f"in {path}", problems)
+
+
+def read_mapping(dataclass_types: Iterable[type], values: dict[Any, Any], where: str) -> dict[str, Any]:
+    """The settings of a mapping out of a larger file, as `read_flags`; `where` says which one, as in `under cases`."""
+    known = _known(dataclass_types)
+    problems = [_unknown(name, known, where) for name in values if name not in known]
+    return _converted({name: values[name] for name in values if name in known}, known, where, problems)
+
+
+def build_settings(dataclass_types: Iterable[type], values: dict[str, Any]) -> tuple[Any, ...]:
+    """One instance of each dataclass from settings that `read_flags` and its like have read.
+
+    Raises:
+        SettingsError: a ValueError with one line for each problem.
+    """
+    types = list(dataclass_types)
+    known = _known(types)
+    problems = [_unknown(name, known, "in a recipe") for name in values if name not in known]
+    return _build(types, {name: values[name] for name in values if name in known}, known, problems)
+
+
+def _build(
+    types: list[type], values: dict[str, Any], converters: dict[str, Callable | None], problems: list[str]
+) -> tuple[Any, ...]:
+    """The instances; all that is wrong with the settings is raised together with the `problems` known so far."""
     unconverted = {name for name in values if not _convert(values, name, converters[name])}
     results = []
     for each in types:
@@ -236,6 +279,32 @@ def parse_recipe(dataclass_types: Iterable[type], args: list[str] | None = None)
     if problems:
         raise SettingsError(problems)
     return tuple(results)
+
+
+def _parser(types: list[type]) -> _Parser:
+    parser = _Parser(types, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, which the other arguments override.")
+    return parser
+
+
+def _known(dataclass_types: Iterable[type]) -> dict[str, Callable | None]:
+    """Name of every setting -> what converts its text."""
+    return _command_line(_parser(list(dataclass_types)), [], [])[0]
+
+
+def _converted(
+    values: dict[str, Any], converters: dict[str, Callable | None], where: str, problems: list[str]
+) -> dict[str, Any]:
+    """The values with texts as values of their fields; raises the `problems` so far and what cannot be converted."""
+    values = dict(values)
+    problems += [
+        sentence(f"{name} {where}", "a value that its field can hold", values[name], "correct it")
+        for name in values
+        if not _convert(values, name, converters[name])
+    ]
+    if problems:
+        raise SettingsError(problems)
+    return values
 
 
 def _command_line(

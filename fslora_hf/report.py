@@ -144,7 +144,7 @@ def draw_ledger(rows: Sequence[dict], evaluation: Mapping[int, float], title: st
 
 
 def _plot_losses(axes: Axes, rows: Sequence[dict], evaluation: Mapping[int, float], top_rank: int) -> None:
-    _dress(axes, "Loss", "rounds finished")
+    dress(axes, "Loss", "rounds finished")
     dots = [
         (row["round"] + 1, loss, rank)
         for row in rows
@@ -180,7 +180,7 @@ def _plot_ranks(axes: Axes, rows: Sequence[dict], top_rank: int) -> None:
     """One bar a client while they can be told apart, else one a rank; the colours are those of the clients' dots."""
     ranks = {client: rank for row in rows for client, rank in zip(row["clients"], row["ranks"], strict=True)}
     if len(ranks) <= BARS:
-        _dress(axes, "Rank of each client", "client (above: rounds it took part in)")
+        dress(axes, "Rank of each client", "client (above: rounds it took part in)")
         clients = sorted(ranks)
         turns = Counter(client for row in rows for client in row["clients"])
         heights = [ranks[client] for client in clients]
@@ -191,7 +191,7 @@ def _plot_ranks(axes: Axes, rows: Sequence[dict], top_rank: int) -> None:
         axes.set_xticks(range(len(clients)), list(map(str, clients)), fontsize=9 if len(clients) <= 12 else 6)
         axes.set_xlim(-0.6, max(len(clients), 5) - 0.4)
     else:
-        _dress(axes, f"Ranks of the {len(ranks):,} clients seen", "rank")
+        dress(axes, f"Ranks of the {len(ranks):,} clients seen", "rank")
         counts = sorted(Counter(ranks.values()).items())
         axes.bar(*zip(*counts, strict=True), color=[_rank_colour(rank, top_rank) for rank, _ in counts])
         axes.set_ylabel("clients", color=DARK)
@@ -205,7 +205,7 @@ def _plot_bytes(axes: Axes, rows: Sequence[dict]) -> None:
     unit, name = next(
         ((u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if largest >= u), (1, "bytes")
     )
-    _dress(axes, f"Sent, up and down ({name})", "rounds finished")
+    dress(axes, f"Sent, up and down ({name})", "rounds finished")
     at = [rows[0]["round"], *(row["round"] + 1 for row in rows)]
     full = [0.0, *accumulate(row["bytes_full_rank"] / unit for row in rows)]
     ours = [0.0, *accumulate((row["bytes_up"] + row["bytes_down"]) / unit for row in rows)]
@@ -218,7 +218,8 @@ def _plot_bytes(axes: Axes, rows: Sequence[dict]) -> None:
     axes.legend(frameon=False, fontsize=8.5, labelcolor=DARK, loc="upper left")
 
 
-def _dress(axes: Axes, title: str, xlabel: str) -> None:
+def dress(axes: Axes, title: str, xlabel: str) -> None:
+    """The look of every figure's axes."""
     axes.set_title(title, loc="left", fontsize=11, color=DARK)
     axes.set_xlabel(xlabel, color=DARK)
     axes.spines[["top", "right"]].set_visible(False)

@@ -21,7 +21,7 @@ def to_html(leaderboard: Leaderboard, title: str = "Leaderboard") -> str:
     """
     template = TEMPLATE.read_text(encoding="utf-8")
     fill = {
-        "policy": _policy(template),
+        "policy": policy(template),
         "mark": MARK,
         "title": html.escape(title),
         "metric": METRIC_NAMES[leaderboard.metric],
@@ -88,7 +88,7 @@ def _json_in_html(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _policy(template: str) -> str:
+def policy(template: str) -> str:
     """A Content-Security-Policy under which the page's own style and script run, and nothing is fetched."""
     style, script = (
         " ".join(f"'sha256-{_digest(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL))
