@@ -1,0 +1,142 @@
+"""A comparison's folder: what was compared in it is written down before the first run, and never written over."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two comparisons out of one folder
+    fcntl = None
+
+from ..settings import default_of
+from .arguments import RECIPE_TYPES
+from .runs import Run
+from .splits import Split
+
+SAVED = "runs.json"
+LOCK = ".lock"
+# Settings that change speed, logs or rounding, but not what is compared.
+NEUTRAL = set(
+    (
+        "output_dir logging_dir logging_steps logging_strategy logging_first_step disable_tqdm report_to run_name "
+        "save_rounds save_total_limit per_device_train_clients per_device_eval_batch_size dataloader_num_workers "
+        "dataloader_pin_memory use_cpu log_level push_to_hub hub_model_id"
+    ).split()
+)
+_DEFAULTS = {each.name: each for kind in RECIPE_TYPES for each in fields(kind)}
+
+
+class Folder:
+    """The paths of a comparison's folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def run(self, name: str) -> Path:
+        return self.path / "runs" / name
+
+    def log(self, name: str) -> Path:
+        return self.path / "logs" / f"{name}.log"
+
+    def recipe(self, name: str) -> Path:
+        return self.path / "recipes" / f"{name}.yaml"
+
+    @contextmanager
+    def claimed(self, runs: Sequence[Run], splits: Sequence[Split]) -> Iterator[None]:
+        """Hold the folder for these runs: their recipes are written, and nobody else's work is touched.
+
+        Raises:
+            ValueError: the folder holds another comparison or something else, or another process compares in it.
+        """
+        saved, described = self._saved(), _describe(runs, splits)
+        self._refuse_other(saved, described, runs)
+        for part in ("runs", "logs", "recipes"):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
+        with open(self.path / LOCK, "w") as lock:
+            if not take(lock.fileno()):
+                raise ValueError(
+                    f"Expected one comparison at a time in {self.path}, found another at work there: wait for it, or "
+                    "name another output_dir."
+                )
+            write(self.path / SAVED, json.dumps({"format": 1, "runs": saved | described}, indent=1) + "\n")
+            for run in runs:
+                write(self.recipe(run.name), yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True))
+            yield
+
+    def _saved(self) -> dict[str, Any]:
+        """What was compared in this folder before, by run."""
+        path = self.path / SAVED
+        if path.is_file():
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8"))["runs"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"Expected {path} as a comparison wrote it, found damage ({error}): name another output_dir."
+                ) from error
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(
+                f"Expected {self.path} to be empty or to hold this comparison, found something else: name another "
+                "output_dir."
+            )
+        return {}
+
+    def _refuse_other(self, saved: dict[str, Any], described: dict[str, Any], runs: Sequence[Run]) -> None:
+        if saved and not saved.keys() & described.keys():
+            raise ValueError(
+                f"Expected this comparison in {self.path}, found another's runs ({', '.join(list(saved)[:3])}): name "
+                "another output_dir."
+            )
+        for run in runs:
+            differing = _differing(saved[run.name], described[run.name]) if run.name in saved else []
+            if differing:
+                raise ValueError(
+                    f"Expected this comparison in {self.path}, found {run.name} begun with something else: "
+                    f"{'; '.join(differing)}. Name another output_dir, or set it back."
+                )
+
+
+def _describe(runs: Sequence[Run], splits: Sequence[Split]) -> dict[str, Any]:
+    """What decides the results of each run, as plain JSON values."""
+    found = {}
+    for run in runs:
+        split = next(split for split in splits if run.name in split.ranks)
+        settings = {name: value for name, value in run.settings.items() if name not in NEUTRAL}
+        found[run.name] = {"settings": settings, "rows": split.rows, "held_out": split.held_out}
+    return json.loads(json.dumps(found, default=str))
+
+
+def _differing(saved: dict[str, Any], described: dict[str, Any]) -> list[str]:
+    names = {"rows": "the training rows changed", "held_out": "the held-out rows changed"}
+    texts = [text for name, text in names.items() if saved[name] != described[name]]
+    before, now = saved["settings"], described["settings"]
+    for name in sorted(before.keys() | now.keys()):
+        default = default_of(_DEFAULTS[name]) if name in _DEFAULTS else None
+        old, new = before.get(name, default), now.get(name, default)
+        if old != new:
+            texts.append(f"{name} was {old!r} and is {new!r}")
+    return texts
+
+
+def take(descriptor: int) -> bool:
+    """Lock an open file for this process and all that inherit it; False if another holds it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in one step."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,81 @@
+"""The report of a comparison: all its files, the Markdown text, and one HTML page that needs no network."""
+
+import base64
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.page import policy
+from ..evaluation.tables import escape_markdown
+from .figures import draw_all
+from .folder import write
+from .tables import budget_told, captions, grid, to_markdown, to_text
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write_report(summary: dict[str, Any], folder: str | Path) -> list[Path]:
+    """Write the numbers, the tables, the figures and the two reports into `folder`; returns their paths."""
+    folder = Path(folder)
+    figures = draw_all(summary, folder)
+    texts = {
+        "comparison.json": json.dumps(summary, indent=1, allow_nan=False),
+        "table.txt": to_text(summary),
+        "table.md": to_markdown(summary),
+        "report.md": to_report(summary, figures),
+        "index.html": to_html(summary, figures, folder),
+    }
+    for name, text in texts.items():
+        write(folder / name, f"{text}\n")
+    drawn = [folder / f"{name}.{kind}" for name, _ in figures for kind in ("png", "svg")]
+    return [*(folder / name for name in texts), *drawn]
+
+
+def to_report(summary: dict[str, Any], figures: Sequence[tuple[str, str]]) -> str:
+    """The report as Markdown, its figures beside it."""
+    notes = "\n".join(f"- {escape_markdown(caption)}" for caption in captions(summary))
+    images = "\n\n".join(f"## {caption}\n\n![{caption}]({name}.png)" for name, caption in figures)
+    runs = "\n".join(f"- `{run['name']}`" for variant in summary["variants"] for run in variant["runs"])
+    return (
+        f"# {escape_markdown(summary['title'])}\n\n{to_markdown(summary)}\n\n{notes}\n\n{images}\n\n## Runs\n\n"
+        f"Each has its settings in `recipes/`, what it left in `runs/` and what it printed in `logs/`.\n\n{runs}"
+    )
+
+
+def to_html(summary: dict[str, Any], figures: Sequence[tuple[str, str]], folder: Path) -> str:
+    """The report as a page that works from a file; its policy forbids the browser to load anything."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    runs = sum(len(variant["runs"]) for variant in summary["variants"])
+    fill = {
+        "policy": policy(template),
+        "title": html.escape(summary["title"]),
+        "lede": html.escape(f"{budget_told(summary['budget'])} {runs} runs."),
+        "table": _table(grid(summary)),
+        "captions": "\n".join(f"<li>{html.escape(caption)}</li>" for caption in captions(summary)),
+        "figures": "\n".join(_figure(folder / f"{name}.svg", caption) for name, caption in figures),
+    }
+    # In one pass, so that no value is searched for places to fill.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: fill[place[1]], template)
+
+
+def _table(cells: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in cells[0])
+    rows = [
+        f'<tr><th scope="row">{html.escape(line[0])}</th>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in line[1:])
+        + "</tr>"
+        for line in cells[1:]
+    ]
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
+
+
+def _figure(path: Path, caption: str) -> str:
+    """An image whose bytes are in the page."""
+    image = base64.b64encode(path.read_bytes()).decode()
+    text = html.escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{image}"><figcaption>{text}</figcaption></figure>'
+    )
