@@ -27,7 +27,8 @@ def draw_all(summary: Summary, folder: str | Path) -> list[tuple[str, str]]:
         ("loss_by_round", "Held-out loss against rounds", _curves("loss", "round")),
         ("accuracy_by_bytes", "Accuracy against what the clients had sent", _curves("accuracy", "megabytes_up")),
         ("loss_by_bytes", "Held-out loss against what the clients had sent", _curves("loss", "megabytes_up")),
-        ("by_rank", "Accuracy and clients' training loss against the clients' rank", _by_rank),
+        ("accuracy_by_rank", "Final accuracy against the mean rank of the clients", _accuracy_by_rank),
+        ("loss_by_rank", "Clients' training loss against their rank", _loss_by_rank),
         ("data_split", "Rows of each client, by task", _data_split),
         ("ranks", "Ranks of the clients", _ranks),
     ]
@@ -36,6 +37,7 @@ def draw_all(summary: Summary, folder: str | Path) -> list[tuple[str, str]]:
         figure = draw(summary)
         if figure is not None:
             figure.savefig(Path(folder) / f"{name}.png", format="png")
+            figure.set_layout_engine("none")  # what was laid out stays, and is not laid out again
             figure.savefig(Path(folder) / f"{name}.svg", format="svg", metadata={"Date": None})
             written.append((name, caption))
     return written
@@ -107,56 +109,57 @@ def _accuracy_axis(axis: Axes, summary: Summary) -> None:
 def _label_lines(axis: Axes) -> None:
     """A legend beside the panel, in the order in which the lines end, so that the eye goes straight across."""
     lines = sorted(axis.get_lines(), key=lambda line: -line.get_ydata()[-1])
-    axis.legend(
-        lines,
-        [line.get_label() for line in lines],
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=DARK,
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-    )
+    _legend_beside(axis, lines, [line.get_label() for line in lines])
 
 
-def _by_rank(summary: Summary) -> Figure | None:
-    shown = [variant for variant in summary["variants"] if variant["mean_rank"]]
+def _legend_beside(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    axis.legend(handles, labels, frameon=False, fontsize=8.5, labelcolor=DARK, **place)
+
+
+def _accuracy_by_rank(summary: Summary) -> Figure | None:
+    shown = [variant for variant in summary["variants"] if variant["mean_rank"] and variant["accuracy"]]
     if not shown:
         return None
     groups = panels_of(shown)
-    has_accuracy = any(variant["accuracy"] for variant in shown)
-    figure, axes = _figure(len(groups) + has_accuracy, 6.4, 4.2)
-    if has_accuracy:
-        _plot_accuracy_by_rank(axes[0], shown, groups)
-        _accuracy_axis(axes[0], summary)
-    for axis, variants in zip(axes[has_accuracy:], groups, strict=True):
-        _plot_loss_by_rank(axis, variants)
-        _label_lines(axis)
+    figure, axes = _figure(len(groups), 7.2 if len(groups) == 1 else 5.4, 4.2)
+    for axis, variants in zip(axes, groups, strict=True):
+        dress(axis, "Final accuracy of the global adapter", "mean rank of the run's clients")
+        _plot_accuracies(axis, variants)
+        _accuracy_axis(axis, summary)
+        _legend_beside(axis, *axis.get_legend_handles_labels())
     return figure
 
 
-def _plot_accuracy_by_rank(
-    axis: Axes, shown: Sequence[dict[str, Any]], groups: Sequence[Sequence[dict[str, Any]]]
-) -> None:
-    dress(axis, "Final accuracy of the global adapter", "mean rank of the run's clients")
-    numbers = {variant["label"]: number for group in groups for number, variant in enumerate(group)}
-    for variant in (variant for variant in shown if variant["accuracy"] and variant["label"] in numbers):
-        number, value = numbers[variant["label"]], variant["accuracy"]
-        at = variant["mean_rank"]["mean"]
-        style = {"color": COLOURS[number], "fmt": MARKERS[number], "ms": 6, "capsize": 3}
+def _plot_accuracies(axis: Axes, variants: Sequence[dict[str, Any]]) -> None:
+    """A point for each; those of about the same rank stand side by side, not over one another."""
+    ranks = [variant["mean_rank"]["mean"] for variant in variants]
+    width = max(max(ranks) - min(ranks), 1.0) * 0.025
+    for number, (variant, rank) in enumerate(zip(variants, ranks, strict=True)):
+        near = [other for other, each in enumerate(ranks) if abs(each - rank) < width]
+        at = rank + width * (near.index(number) - (len(near) - 1) / 2)
+        value = variant["accuracy"]
+        style = {"color": COLOURS[number], "fmt": MARKERS[number], "ms": 6, "capsize": 3, "label": variant["label"]}
         axis.errorbar(at, value["mean"], value["spread"] or 0.0, **style)
     axis.margins(x=0.12, y=0.15)
 
 
-def _plot_loss_by_rank(axis: Axes, variants: Sequence[dict[str, Any]]) -> None:
-    dress(axis, "Clients' training loss, second half of the rounds", "rank of the client")
-    for number, variant in enumerate(variants):
-        points = sorted((int(rank), value) for rank, value in variant["rank_losses"].items() if value)
-        if points:
-            ranks, means = [rank for rank, _ in points], [value["mean"] for _, value in points]
+def _loss_by_rank(summary: Summary) -> Figure | None:
+    shown = [variant for variant in summary["variants"] if any(variant["rank_losses"].values())]
+    if not shown:
+        return None
+    groups = panels_of(shown)
+    figure, axes = _figure(len(groups), 7.2 if len(groups) == 1 else 5.4, 4.2)
+    for axis, variants in zip(axes, groups, strict=True):
+        dress(axis, "Clients' training loss, second half of the rounds", "rank of the client")
+        for number, variant in enumerate(variants):
+            points = sorted((int(rank), value["mean"]) for rank, value in variant["rank_losses"].items() if value)
             style = {"color": COLOURS[number], "marker": MARKERS[number], "ms": 5, "lw": 1.2}
-            axis.plot(ranks, means, label=variant["label"], **style)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.margins(x=0.05, y=0.1)
+            axis.plot(*zip(*points, strict=True), label=variant["label"], **style)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.margins(x=0.05, y=0.1)
+        _label_lines(axis)
+    return figure
 
 
 def _data_split(summary: Summary) -> Figure | None:
