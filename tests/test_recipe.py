@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
 TASK_FILES = set((ROOT / "recipes" / "lm_eval").glob("*.yaml"))  # lm-evaluation-harness's, not ours
-RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(ACCELERATE) - TASK_FILES)
+COMPARISONS = set((ROOT / "recipes" / "comparisons").glob("*.yaml"))  # tests/test_compare.py reads them
+RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(ACCELERATE) - TASK_FILES - COMPARISONS)
 WORKING = {"model_name_or_path": "some/model", "num_clients": 8, "use_cpu": True, "bf16": False}
 
 

@@ -22,7 +22,7 @@ from fslora_hf.report import read_ledger
 from recipes.quickstart import results_table
 
 ROOT = Path(__file__).parent.parent
-OTHERS = {"accelerate_configs", "lm_eval"}  # files of other programs
+OTHERS = {"accelerate_configs", "lm_eval", "comparisons"}  # files of other programs, and comparisons of recipes
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/**/*.yaml") if not OTHERS & set(path.parts))
 BASE = {
     # What each recipe's own model has: grouped queries and, in these sizes, tied embeddings.
