@@ -51,6 +51,8 @@ def main() -> None:
             table = report(comparison, variants, runs, splits)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on from here.")
     print(f"\n{table}\n\nReport: {folder.path / 'index.html'}, {folder.path / 'report.md'}")
     if failed:
         names = ", ".join(run.name for run in failed)

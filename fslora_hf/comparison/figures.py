@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ..report import ACCENT, DARK, GREY, RANK_COLOURS, dress
 
 LINES = 8  # a panel has at most so many
-PANELS = 6  # a figure has at most so many
 # Told apart by eyes that see few colours, too, and by their markers in print.
 COLOURS = (ACCENT, "#1b62a8", "#2e8b57", "#8a6d1f", "#7a4fa3", "#12305c", "#c2578a", "#5aa9b8")
 MARKERS = "osD^vPX*"
@@ -63,7 +62,7 @@ def panels_of(variants: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         groups.setdefault((variant["case"], variant["rank_law"]), []).append(variant)
     if len(groups) == len(variants):  # one method: the cases are what is compared
         groups = {("", ""): list(variants)}
-    return [group[i : i + LINES] for group in groups.values() for i in range(0, len(group), LINES)][:PANELS]
+    return [group[i : i + LINES] for group in groups.values() for i in range(0, len(group), LINES)]
 
 
 def _curves(value: str, against: str) -> Callable[[Summary], Figure | None]:
@@ -164,7 +163,7 @@ def _loss_by_rank(summary: Summary) -> Figure | None:
 
 def _data_split(summary: Summary) -> Figure | None:
     """Stacked bars, a client each, the tasks as colours; a panel for each seed and way to split."""
-    splits = summary["splits"][:PANELS]
+    splits = summary["splits"]
     if not splits:
         return None
     figure, axes = _figure(len(splits), 6.0, 3.4)
@@ -196,7 +195,7 @@ def _ranks(summary: Summary) -> Figure | None:
                 deals.setdefault(tuple(ranks), []).append(run)
     if not deals:
         return None
-    shown = list(deals.items())[:PANELS]
+    shown = list(deals.items())
     figure, axes = _figure(len(shown), 4.4, 3.0)
     top = max(max(ranks) for ranks, _ in shown)
     for axis, (ranks, runs) in zip(axes, shown, strict=True):
