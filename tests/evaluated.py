@@ -37,8 +37,11 @@ def recipe(base: str, output: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="session")
 def run(base, tmp_path_factory) -> Path:
     """A run of two rounds with an evaluation after each."""
-    output = tmp_path_factory.mktemp("runs") / "mine"
-    parsed = parse_recipe(KINDS[:3], recipe(base, output, "--eval_rounds", "1", "--disable_tqdm", "true"))
+    return train(base, tmp_path_factory.mktemp("runs") / "mine")
+
+
+def train(base: str, output: Path, *more: str) -> Path:
+    parsed = parse_recipe(KINDS[:3], recipe(base, output, "--eval_rounds", "1", "--disable_tqdm", "true", *more))
     trainer = build_trainer(*parsed)
     trainer.train()
     trainer.save_model(str(output))

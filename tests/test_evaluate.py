@@ -15,7 +15,7 @@ from fslora_hf.recipe import parse_recipe
 from fslora_hf.scoring import evaluate
 from fslora_hf.subjects import EvaluationArguments, find_adapters
 from tests import tiny
-from tests.evaluated import KINDS, ROOT, recipe, started
+from tests.evaluated import KINDS, ROOT, recipe, started, train
 from tests.test_loglikelihood import tokenizer
 
 pytest_plugins = ("tests.hub_client", "tests.evaluated")
@@ -41,6 +41,23 @@ def test_a_whole_run_and_again_without_asking_anything_twice(run, base, monkeypa
     assert [result["time"] for result in again] == [result["time"] for result in results]
     with pytest.raises(ValueError, match="^Expected the results in .* found another's: rows_hash was .* Name another"):
         results_of(base, run, "--adapter", str(run), "--seed", "3")
+
+
+def test_a_run_that_changes_the_base_is_scored_on_its_changed_base(base, run, tmp_path):
+    """Each round on its own base, and the base alone, before and after, as it was."""
+    folded = train(base, tmp_path / "folded", "--method", "flora")
+    results, _ = results_of(base, folded, "--adapter", str(folded))
+    (plain, *_), _ = results_of(base, run, "--adapter", str(run), "--results_dir", str(tmp_path / "plain"))
+    assert results[0]["scores"] == plain["scores"] and results[0]["model"] == plain["model"]
+    for result, number in zip(results[1:], (1, 2), strict=True):
+        in_loop = json.loads((folded / "eval_rounds" / f"round-{number:04d}.loglikelihood.results.json").read_text())
+        assert result["scores"] == in_loop["scores"] and result["model"] == in_loop["model"]
+    assert len({result["model"]["digest"] for result in results}) == 3
+    again, _ = results_of(
+        base, folded, "--adapter", str(folded / "checkpoint-3"), "--with_base", "true", "--results_dir",
+        str(tmp_path / "again"),
+    )  # fmt: skip
+    assert [result["model"] for result in again] == [result["model"] for result in results[:2]]
 
 
 def test_base_adapter_and_checkpoint(run, base, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fslora_hf.engine import RoundEngine
-from fslora_hf.methods import ClientAdapter, FedIT, FSLoRA, HetLoRA, Method, MethodError
+from fslora_hf.methods import ClientAdapter, FedIT, FLoRA, FSLoRA, HetLoRA, Method, MethodError
 from tests import reference
 from tests.test_engine import make_engine
 
@@ -185,6 +185,18 @@ FINISHED = {
 def test_changes(case):
     function, message = FINISHED[case]
     assert f"Expected mine:Own.finish to give {message}" in error_of(changed(FSLoRA, finish=function))
+
+
+def test_a_product_to_fold_has_one_rank_in_all_modules():
+    own = changed(FLoRA, finish=in_change(lambda t: t[:5]))
+    assert f"A of {DOWN} of shape [rank, in] = [16, 24], found [5, 24]: the rank here is that of A of {Q}, 16." in (
+        error_of(own)
+    )
+    own = changed(FLoRA, finish=in_change(lambda t: t[:, :5], side=1))
+    assert f"B of {DOWN} of shape [out, rank] = [16, 16], found [16, 5]" in error_of(own)
+    assert f"A of {Q} of shape [rank, in] = [0, 16], found [16]" in (
+        error_of(changed(FLoRA, finish=in_change(lambda t: t[:, 0], module=Q)))
+    )
 
 
 def test_a_side_that_is_not_trained_does_not_change():
