@@ -128,6 +128,26 @@ def test_score_commands_run(tmp_path):
     assert {path.suffix for path in (tmp_path / "board").iterdir()} >= {".md", ".csv", ".html"}
 
 
+@pytest.mark.slow
+def test_compare_command_runs(tmp_path):
+    """Two methods of it for one round and one seed, on a model of bytes and generated rows."""
+    base, rows, out = tmp_path / "base", tmp_path / "rows", tmp_path / "out"
+    fitted(tiny.base_model(torch.float32)).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    for split in ("train", "test"):
+        (rows / "boolq").mkdir(parents=True, exist_ok=True)
+        (rows / "boolq" / f"{split}.json").write_text(json.dumps(miniature_rows("boolq", split, 400, seed=0)))
+    (command,) = [block for block in blocks("sh") if "recipes/compare.py" in block]
+    words = shlex.split(command.replace("FOLDER", str(rows)))
+    shorter = f"--model_name_or_path {base} --output_dir {out} --methods fslora ffa_lora --seeds 1 --rounds 1"
+    shorter += " --local_steps 1 --tasks boolq --eval_rows_per_task 4 --max_length 512 --dirichlet_alpha 1000"
+    done = subprocess.run([sys.executable, *words[1:], *shorter.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = (out / "table.md").read_text()
+    assert "| fslora |" in table and "| ffa\\_lora |" in table and "hetlora" not in table
+    assert {path.suffix for path in out.iterdir()} >= {".md", ".html", ".json", ".png", ".svg"}
+
+
 def test_make_targets_exist():
     """`make quickstart` and `make test` themselves are run by .ci/run."""
     makefile = (ROOT / "Makefile").read_text()
@@ -150,4 +170,9 @@ def test_keys_of_the_table_exist():
 
 def test_linked_files_exist():
     for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+        path, _, heading = target.partition("#")
+        assert (ROOT / path).exists(), target
+        if heading:
+            lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+            headings = [re.sub(r"[^\w -]", "", line.lstrip("# ")) for line in lines if line.startswith("#")]
+            assert heading in [text.lower().replace(" ", "-") for text in headings], target

@@ -116,17 +116,14 @@ class ComparisonArguments:
                 yield sentence(name, "all different", value, "remove the repeated ones")
 
     def _method_problems(self):
-        for name in self.methods if isinstance(self.methods, list) else ():
+        # Settings may be there for methods that this time are not compared, as with --methods on the command line.
+        listed = self.methods if isinstance(self.methods, list) else []
+        described = self.method_settings if isinstance(self.method_settings, dict) else {}
+        for name in dict.fromkeys([*listed, *described]):
             try:
                 method_class(str(name))
             except MethodError as error:
-                yield str(error)
-        if isinstance(self.method_settings, dict) and isinstance(self.methods, list):
-            for name in self.method_settings.keys() - set(self.methods):
-                remedy = "correct it, or list the method"
-                yield sentence(
-                    "method_settings", f"of methods among {', '.join(map(str, self.methods))}", name, remedy
-                )
+                yield f"{error} (Under method_settings.)" if name not in listed else str(error)
 
 
 @dataclass(frozen=True)
