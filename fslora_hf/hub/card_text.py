@@ -21,6 +21,7 @@ _METHODS = {
     "fedit": ("FedIT", "2305.05644", "a copy of the whole adapter"),
     "hetlora": ("HetLoRA", "2401.06432", "the first rows of the adapter that fit its rank"),
     "flexlora": ("FlexLoRA", "2402.11505", "the best part of the adapter that fits its rank"),
+    "flora": ("FLoRA", "2409.05976", "a new adapter of its rank, which is then folded into the base"),
     "flora_residual": ("FLoRA", "2409.05976", "a new adapter of its rank beside the adapter that all have"),
     "ffa_lora": ("FFA-LoRA", "2403.12313", "the half B of the adapter, A being frozen"),
 }

@@ -27,6 +27,7 @@ VARIANTS = {
     "sft_block": "SFTTrainer, the block's whole batch",
     "block": "FederatedSketchTrainer, a block a step",
 }
+LOSSES = {"completion": "completions", "all": "all tokens"}
 PACKAGES = "torch transformers trl peft accelerate datasets fslora_hf".split()
 # Shapes of models that can be timed with random weights.
 SHAPES = {
@@ -57,9 +58,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a process, after two that are not timed")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each variant")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=[*LOSSES], help="which tokens are scored")
     parser.add_argument("--output", default="outputs/throughput.json")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--scored", choices=["completion", "all"], default="completion", help=argparse.SUPPRESS)
+    parser.add_argument("--scored", choices=LOSSES, default="completion", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -211,7 +213,8 @@ def plot(result: dict, path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (scored, rows) in zip(figure.subplots(1, 2), result["results"].items(), strict=True):
+    panels = figure.subplots(1, len(result["results"]), squeeze=False)[0]
+    for axes, (scored, rows) in zip(panels, result["results"].items(), strict=True):
         names = [VARIANTS[variant].replace(", ", "\n") for variant in rows]
         speeds = [row["tokens_per_second"] for row in rows.values()]
         colours = ["#9aa5b1" if variant.startswith("sft") else "#2f6db3" for variant in rows]
@@ -237,8 +240,8 @@ def main() -> None:
         return
     result = {"settings": vars(options) | {"model": Path(options.model).name}, "results": {}}
     result["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    total, done, start = 2 * options.repeats * len(VARIANTS), 0, time.monotonic()
-    for scored in ("completion", "all"):
+    total, done, start = len(options.losses) * options.repeats * len(VARIANTS), 0, time.monotonic()
+    for scored in options.losses:
         measured: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
         for _ in range(options.repeats):
             for variant in VARIANTS:
@@ -246,7 +249,7 @@ def main() -> None:
                 done += 1
                 left = (time.monotonic() - start) / done * (total - done)
                 print(f"{done}/{total} {scored}: {variant}, {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
-        result["results"][f"{scored} tokens" if scored == "all" else "completions"] = summarise(measured)
+        result["results"][LOSSES[scored]] = summarise(measured)
         result["hardware"] = {key: measured["sft"][0][key] for key in ("device", "threads")}
     for title, rows in result["results"].items():
         print_table(f"Loss on {title}", rows)
