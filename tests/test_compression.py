@@ -133,7 +133,10 @@ def test_law_2_two_processes(one_client_a_step, tmp_path):
 
 def waiting_files(folder) -> dict[str, int]:
     """Client: the round of its one file."""
-    return {path.parent.name: int(path.name.split("-")[0]) for path in sorted(folder.glob("*/*.safetensors"))}
+    paths = sorted(folder.glob("*/*.safetensors"))
+    found = {path.parent.name: int(path.name.split("-")[0]) for path in paths}
+    assert len(found) == len(paths)
+    return found
 
 
 # ---- Law 3 ----

@@ -12,7 +12,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fslora_hf.adapter import ClientStack, global_pair, save_client_adapter
 from fslora_hf.checks import check_layers
@@ -221,6 +223,24 @@ def test_a_fold_tells_what_the_bases_precision_gave_up(dtype, exact):
         gap += (layer.get_base_layer().weight.to(adapter) - wanted).square().sum(dtype=torch.float64).item()
     assert gap < 1e-9 if exact else gap > 1e-6
     assert error == (0.0 if exact else pytest.approx(gap, rel=1e-5))
+
+
+def test_a_fold_finds_weights_that_lie_the_other_way():
+    """GPT-2's layers hold `[in, out]`; merging the same pair by PEFT says what a fold must give."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8)).double()
+    shape = {"r": 3, "lora_alpha": 6, "fan_in_fan_out": True, "init_lora_weights": False}
+    config = LoraConfig(target_modules=["c_attn", "c_fc"], **shape)
+    model = peft.get_peft_model(base, config)
+    pairs = reference.read_adapter(model)
+    folded = FoldedBase.of(model)
+    before = {n: layer.get_base_layer().weight.clone() for n, layer in reference.lora_layers(model)}
+    folded.fold({n: a for n, (a, _) in pairs.items()}, {n: b for n, (_, b) in pairs.items()})
+    for name, layer in reference.lora_layers(model):
+        a, b = pairs[name]
+        assert layer.get_base_layer().weight.shape == (8, len(b))  # c_attn: 24, c_fc: 32
+        torch.testing.assert_close(layer.get_base_layer().weight, before[name] + 2.0 * (b @ a).mT, rtol=0, atol=1e-13)
 
 
 # ---- A client by itself ----
