@@ -220,16 +220,24 @@ class StopIn(TrainerCallback):
 
 
 def test_a_run_stopped_within_a_round_saves_what_waited_before_it(tmp_path):
-    args = {**LAYOUT, "clients_per_round": 2, "num_rounds": 4, "save_rounds": 4, "local_steps": 2}
+    args = {**LAYOUT, "num_rounds": 4, "save_rounds": 4}  # everybody takes part, so that all have something waiting
     whole = build(tmp_path / "whole", args)
     whole.train()
-    stopped = build(tmp_path / "stopped", args, callbacks=[StopIn(2 * 4 + 3)])
+    stopped = build(tmp_path / "stopped", args, callbacks=[StopIn(2 * 10 + 3)])
     stopped.train()
     assert len(list((tmp_path / "stopped").glob("checkpoint-*"))) == 1
     resumed = build(tmp_path / "stopped", args)
     resumed.train(resume_from_checkpoint=True)
     assert [line["round"] for line in ledger(tmp_path / "stopped")] == [0, 1, 2, 3]
     assert reference.max_difference(*(reference.read_adapter(t.model) for t in (whole, resumed))) == 0
+
+
+@pytest.mark.parametrize("other", [{"upload_top_k": 0.3}, {"error_feedback": False}], ids=str)
+def test_a_run_is_not_resumed_with_another_compression(tmp_path, other):
+    args = {**LAYOUT, "num_rounds": 2, "save_rounds": 1}
+    build(tmp_path, args).train()
+    with pytest.raises(CheckpointError, match=f"{next(iter(other))} was "):
+        build(tmp_path, {**args, **other}).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
