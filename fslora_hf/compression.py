@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 
@@ -72,4 +73,5 @@ class TopK:
 
 
 def _kept(numbers: int, share: float) -> int:
-    return min(numbers, math.ceil(share * numbers))
+    # As it is written in decimals: 0.07 of 100 is 7, and not the 8 that 7.000000000000001 would be rounded up to.
+    return math.ceil(Fraction(str(share)) * numbers)

@@ -116,24 +116,36 @@ class ErrorFeedback:
         (checkpoint / INDEX_NAME).write_text(json.dumps(index) + "\n", encoding="utf-8")
 
     def restore(self, checkpoint: Path | None = None) -> None:
-        """Begin with what a checkpoint holds, or with nothing.
-
-        Raises:
-            CheckpointError: a client's file is missing.
-        """
+        """Begin with what a checkpoint holds, or with nothing."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
         self._written = []
         if checkpoint is None:
             return
-        for client_id, name in json.loads((checkpoint / INDEX_NAME).read_text(encoding="utf-8")).items():
-            path = checkpoint / FEEDBACK_NAME / client_id / name
-            if not path.is_file():
-                raise CheckpointError(
-                    f"Expected {path}, what client {client_id} has left out of its updates, found no file: copy a "
-                    "checkpoint with all that is in it, or resume from another."
-                )
-            (self.folder / client_id).mkdir(parents=True)
-            _link(path, self.folder / client_id / name)
+        for path in _indexed(checkpoint):
+            (self.folder / path.parent.name).mkdir()
+            _link(path, self.folder / path.parent.name / path.name)
+
+
+def check_waiting(checkpoint: Path) -> None:
+    """See that a checkpoint holds what its clients have left out, before anything is changed for its sake.
+
+    Raises:
+        CheckpointError: a client's file is missing, or not what was written.
+    """
+    for path in _indexed(checkpoint):
+        if not path.is_file():
+            raise CheckpointError(
+                f"Expected {path}, what client {path.parent.name} has left out of its updates, found no file: copy a "
+                "checkpoint with all that is in it, or resume from another."
+            )
+        _read(path)
+
+
+def _indexed(checkpoint: Path) -> list[Path]:
+    """The files that a checkpoint's index names."""
+    index = json.loads((checkpoint / INDEX_NAME).read_text(encoding="utf-8"))
+    return [checkpoint / FEEDBACK_NAME / client_id / name for client_id, name in index.items()]
 
 
 def _files(folder: Path) -> list[Path]:

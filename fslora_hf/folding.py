@@ -29,6 +29,11 @@ class FoldedBase:
     ):
         self._weights, self._scales, self._transposed = weights, scales, transposed
 
+    @property
+    def bytes(self) -> int:
+        """Of all weights."""
+        return sum(weight.numel() * weight.element_size() for weight in self._weights.values())
+
     @classmethod
     def of(cls, model: PeftModel, adapter_name: str = "default") -> "FoldedBase":
         """The weights of the layers that an adapter of `model` is added to."""
@@ -48,8 +53,8 @@ class FoldedBase:
             B: module name -> `[out, K]`.
 
         Returns:
-            The squared Frobenius norm of what rounding to the weights' own type took away; 0 for float32 and float64
-            weights, which lose no more than any sum does.
+            The squared Frobenius norm of what rounding to the weights' own type took away; 0 where this is the type
+            of the factors, in which no more is lost than in any sum.
         """
         errors = []
         for name, weight in self._weights.items():
@@ -57,7 +62,8 @@ class FoldedBase:
             if target.dtype == A[name].dtype:
                 target.addmm_(B[name], A[name], alpha=self._scales[name])
                 continue
-            exact = torch.addmm(target.to(A[name].dtype), B[name], A[name], alpha=self._scales[name])
+            wide = torch.promote_types(target.dtype, A[name].dtype)
+            exact = torch.addmm(target.to(wide), B[name].to(wide), A[name].to(wide), alpha=self._scales[name])
             target.copy_(exact)
             errors.append((exact - target).square().sum(dtype=torch.float64))
         return torch.stack(errors).sum().item() if errors else 0.0

@@ -17,6 +17,8 @@ from .recipe import ModelArguments, RecipeArguments
 from .report import ledger_table, plot_ledger, read_ledger
 from .trainer import FederatedSketchTrainer
 
+FIGURE_NAME = "rounds.png"  # in a run's folder, written when it has ended well
+
 
 def held_out_rows(recipe: RecipeArguments, seed: int) -> Dataset | None:
     """The rows a recipe is evaluated on, None if its data set holds none out."""
@@ -93,7 +95,7 @@ def finish(trainer: FederatedSketchTrainer, evaluation: dict[int, float] | None 
         evaluation = {round(row["epoch"]): row["eval_loss"] for row in history if "eval_loss" in row}
     rounds = read_ledger(trainer.ledger_path)
     output_dir = Path(trainer.args.output_dir)
-    plot_ledger(rounds, output_dir / "rounds.png", evaluation, title=f"{trainer.args.method}, {len(rounds)} rounds")
+    plot_ledger(rounds, output_dir / FIGURE_NAME, evaluation, title=f"{trainer.args.method}, {len(rounds)} rounds")
     table = ledger_table(rounds, every=max(1, len(rounds) // 20))
     pushed = trainer.publisher and trainer.publisher.report
     return table if pushed is None else f"{table}\n\nOn the Hub\n{pushed}"

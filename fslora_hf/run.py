@@ -23,9 +23,11 @@ from .checkpoint import (
 from .clients import client_ranks
 from .config import FederatedSketchConfig
 from .evaluation.results import IN_LOOP, quantization_of, set_aside_later
+from .feedback import check_waiting
 from .hub.fetch import fetch_round, parse_source, take_in
 from .hub.outbox import OUTBOX_NAME
 from .ledger import LEDGER_NAME, keep_rounds
+from .methods import method_class
 from .rows import digest_rows
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
             "adapted layers": _digest(list(lora_layers(trainer.model))),
             "data": digest_rows(trainer.train_dataset, args.client_id_column),
         }
+        if method_class(args.method).folds:
+            values["base dtype"] = str(trainer.model.get_base_model().dtype)  # what is learned is kept in it
         trainer._identity = json.loads(json.dumps(values, default=str))
     return trainer._identity
 
@@ -110,6 +114,8 @@ def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, ou
         return _start_over(trainer, output_dir)
     state = read_state(folder)
     _refuse_other_run(folder, state["run"], identity(trainer))
+    if trainer.args.error_feedback:
+        check_waiting(folder)
     _warn_of_other_length(trainer, folder)
     if state["round"] > trainer.args.num_rounds:
         raise CheckpointError(
@@ -124,6 +130,11 @@ def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, ou
         set_aside_later(output_dir / IN_LOOP, state["round"])
     _begin(trainer, output_dir)
     held = keep_rounds(output_dir / LEDGER_NAME, state["round"], folder.parent / LEDGER_NAME if elsewhere else None)
+    if held < state["round"] and trainer.args.upload_budget is not None:
+        raise CheckpointError(
+            f"Expected the {state['round']} rounds before {folder} in a ledger beside it, which says how much of "
+            f"upload_budget is spent, found {held}: copy {LEDGER_NAME} with the checkpoint, or remove upload_budget."
+        )
     if held < state["round"]:
         logger.warning("The ledger holds %d of the %d rounds before %s.", held, state["round"], folder)
     if fetched is not None:

@@ -53,6 +53,13 @@ class ServerState:
         floats = sum(A.shape[1] for A in self.A.values()) + sum(B.shape[0] for B in self.B.values())
         return floats * next(iter(self.A.values())).element_size()
 
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the weights that the pair is added to: the base's own, or as large as in the adapter's type."""
+        if self._base is not None:
+            return self._base.bytes
+        return sum(A.shape[1] * self.B[name].shape[0] * A.element_size() for name, A in self.A.items())
+
     @torch.no_grad()
     def step(self, update: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None) -> None:
         """Apply the average update of A and B, the negative of a gradient; None (no usable update) changes nothing.

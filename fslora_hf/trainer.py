@@ -51,7 +51,7 @@ from .loader import RoundBatches, RoundLoader
 from .methods import beside, method_class
 from .methods.contract import check_received
 from .plan import ClientPlan, RoundPlan, plan_round
-from .processes import agree, rank
+from .processes import agree, gather, rank
 from .round_scores import RoundScorer
 from .rows import column_to_numpy, fit_rows
 from .schedule import round_schedule
@@ -301,6 +301,11 @@ class FederatedSketchTrainer(SFTTrainer):
         self._feedback = ErrorFeedback(Path(args.output_dir) / FEEDBACK_NAME) if args.error_feedback else None
         if self._feedback is not None:
             agree(self._feedback.restore)
+            if not all(gather(self._feedback.folder.is_dir())):
+                raise ValueError(
+                    f"Expected every process to see {self._feedback.folder}, found one that does not: put output_dir "
+                    "on a disk that all machines share, or turn error_feedback off."
+                )
         self._engine = RoundEngine(
             plan=self._plan,
             layout=self.layout,

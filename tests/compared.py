@@ -51,6 +51,7 @@ def write_run(folder: Path, rounds: int, evaluations: dict[int, tuple], *, data:
     checkpoint = folder / f"checkpoint-{rounds}"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "federated_state.json").write_text(json.dumps({"round": rounds, "files": {}, "run": {}}))
+    (folder / "rounds.png").touch()
     history = []
     for done, (loss, accuracy) in evaluations.items():
         scores = {} if accuracy is None else {"eval_accuracy": accuracy}

@@ -9,6 +9,7 @@ An adapter is `{module name: (A [rank, in], B [out, rank])}`, the name as it was
 
 import copy
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -185,7 +186,9 @@ def compressed(client, held: Adapter, trained: Adapter, held_back: dict, args) -
             for (i, j), value in np.ndenumerate(change.numpy()):
                 place = (name, side, rows[i], j) if side == 0 else (name, side, i, rows[j])
                 entries[place] = value + held_back.pop(place, 0.0), name, side, i, j
-    largest = sorted(entries, key=lambda place: -abs(entries[place][0]))[: math.ceil(args.upload_top_k * len(entries))]
+    largest = sorted(entries, key=lambda place: -abs(entries[place][0]))[
+        : math.ceil(Fraction(str(args.upload_top_k)) * len(entries))
+    ]
     result = {name: tuple(half.clone() for half in pair) for name, pair in held.items()}
     for place in largest:
         value, name, side, i, j = entries.pop(place)

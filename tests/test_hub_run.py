@@ -182,8 +182,9 @@ def push_by_hand(folder: str) -> list:
 
 
 def test_push_to_hub_sends_what_is_missing(hub, users, on_client, tmp_path):
-    hub.fault("commit", status=503, times=2)  # both attempts that fit into the deadline
-    assert on_client(push_by_hand, str(tmp_path / "run")) == [[2], [], []]
+    hub.fault("commit", status=503, times=2)  # attempts: how many fit into the deadline depends on the machine
+    first, second, third = on_client(push_by_hand, str(tmp_path / "run"))
+    assert first == [2] and second in ([2], []) and third == []
     assert sorted(hub.find("user/run").refs()) == ["refs/heads/main", "refs/tags/round-0002"]
 
 

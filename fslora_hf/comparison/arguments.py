@@ -22,7 +22,7 @@ _RESERVED = {
     "eval_rounds": "set eval_every",
     "upload_budget": "set upload_megabytes",
     "resume_from_checkpoint": "a comparison resumes its runs by itself, so remove it",
-    "push_to_hub": "push the runs that you want to share with recipes/push.py, so remove it",
+    "push_to_hub": "runs would share a repository; upload a finished run's folder with `hf upload`, so remove it",
 }
 
 
@@ -133,7 +133,7 @@ class Comparison:
     Args:
         name: of the file, without its ending.
         base: settings of the recipe, under those of all mappings.
-        common: settings of all runs: the file's `settings`, and over them the command line's.
+        common, line: settings of all runs: the file's `settings`, and over them the command line's.
         rank_laws, cases, methods: name -> settings, in the file's order; one without settings where none are given.
     """
 
@@ -141,6 +141,7 @@ class Comparison:
     arguments: ComparisonArguments
     base: dict[str, Any]
     common: dict[str, Any]
+    line: dict[str, Any]
     rank_laws: dict[str, dict[str, Any]]
     cases: dict[str, dict[str, Any]]
     methods: dict[str, dict[str, Any]]
@@ -183,7 +184,8 @@ def parse_comparison(args: list[str] | None = None) -> Comparison:
         name=path.stem,
         arguments=arguments,
         base=base,
-        common=common | line,
+        common=common,
+        line=line,
         rank_laws=laws or {"": {}},
         cases=cases or {"": {}},
         methods={name: own_settings.get(name, {}) for name in arguments.methods or [base.get("method", "fslora")]},

@@ -93,6 +93,11 @@ class Folder:
                 f"Expected this comparison in {self.path}, found another's runs ({', '.join(list(saved)[:3])}): name "
                 "another output_dir."
             )
+        if gone := sorted(saved.keys() - described.keys()):
+            raise ValueError(
+                f"Expected all runs that {self.path} reports on, found no {', '.join(gone[:3])} asked for: "
+                "ask for these, too, or name another output_dir."
+            )
         for run in runs:
             differing = _differing(saved[run.name], described[run.name]) if run.name in saved else []
             if differing:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint import last_checkpoint
 from ..evaluation.results import IN_LOOP, RESULTS
+from ..launch import FIGURE_NAME
 from ..ledger import LEDGER_NAME, read_records
 from ..report import read_ledger, totals
 from ..run import IDENTITY_NAME
@@ -79,8 +80,9 @@ def is_started(folder: Path) -> bool:
 
 
 def is_done(run: Run, folder: Path) -> bool:
-    """Whether all rounds are in the ledger, and the last one's checkpoint and evaluation are there."""
-    if not is_started(folder) or share_done(run, folder) < 1:
+    """Whether all rounds are in the ledger, the last one's checkpoint and evaluation are there, and so is the figure,
+    which is written last."""
+    if not is_started(folder) or share_done(run, folder) < 1 or not (folder / FIGURE_NAME).is_file():
         return False
     rounds = rounds_and_bytes(folder)[0]
     row = next((row for row in _evaluations(folder) if row[0] == rounds), None)

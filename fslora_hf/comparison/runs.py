@@ -110,13 +110,14 @@ def runs_of(comparison: Comparison) -> tuple[list[Variant], list[Run]]:
 def _settings(comparison: Comparison, variant: Variant, seed: int, name: str) -> dict[str, Any]:
     """The recipe of one run: each mapping over those before it, and what the comparison sets itself over all."""
     arguments, settings = comparison.arguments, dict(comparison.base)
-    layers = comparison.common, comparison.rank_laws[variant.law], comparison.cases[variant.case]
+    layers = comparison.common, comparison.line, comparison.rank_laws[variant.law], comparison.cases[variant.case]
     for layer in (*layers, comparison.methods[variant.method]):
         if layer.keys() & set(RANKS):
             settings = {key: value for key, value in settings.items() if key not in RANKS}
         settings |= layer
     if arguments.rounds is not None:
         settings["num_rounds"] = arguments.rounds
+        settings.pop("upload_budget", None)  # a recipe's own
     else:
         settings["upload_budget"] = arguments.upload_megabytes
     return settings | {

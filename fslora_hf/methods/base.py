@@ -21,6 +21,7 @@ class ServerPair(Protocol):
     """The part of the server's state that a method may read."""
 
     rank: int
+    dense_bytes: int  # of the weights that the pair is added to
     A: dict[str, torch.Tensor]  # module name -> [rank, in]
     B: dict[str, torch.Tensor]  # module name -> [out, rank]
 

@@ -19,7 +19,8 @@ Decided here:
 - Both forms need plain averaging on the server: each round's directions are new, and what is folded is folded.
 - Bytes down, `flora`: all clients need all stacks, whoever trained. A client of a share p of the rounds fetches those
   of 1/p rounds when it comes, or the changed weights if these are smaller; the ledger counts that mean. The paper has
-  all clients take part, so p = 1. `flora_residual` sends the residual, of rank r.
+  all clients take part, so p = 1. Stacks count whole, also with upload_top_k. `flora_residual` sends the residual, of
+  rank r.
 - In the residual form, where a singular value is zero A keeps its row and B has none, as in flexlora.py.
 """
 
@@ -53,9 +54,8 @@ class FLoRA(Stacking):
 
     def bytes_moved(self, state, client):
         up = super().bytes_moved(state, client)[1]
-        dense = sum(A.shape[1] * state.B[m].shape[0] * A.element_size() for m, A in state.A.items())
         stack = up // client.rank * self._ends[-1]
-        return round(min(stack / client.participation, dense)), up
+        return round(min(stack / client.participation, state.dense_bytes)), up
 
 
 class FLoRAResidual(FLoRA):
