@@ -107,6 +107,17 @@ def test_the_command_line_is_over_the_settings_of_all_runs(plan):
     assert {run.seed for run in runs} == {5}
 
 
+def test_ranks_on_the_command_line_replace_those_of_the_settings(plan):
+    mixed = {"rank_distribution": "uniform", "min_rank": 1, "max_rank": 3}
+    _, runs = plan("--client_ranks", "2", "2", "2", settings=mixed)
+    assert {tuple(run.args.client_ranks) for run in runs} == {(2, 2, 2)}
+
+
+def test_a_recipes_own_budget_of_bytes_does_not_end_runs_of_equal_rounds(plan):
+    _, runs = plan(recipe={"upload_budget": 1.0})
+    assert {run.args.upload_budget for run in runs} == {None} and {run.args.num_rounds for run in runs} == {4}
+
+
 def test_everything_that_is_wrong_is_told_at_once(tmp_path, problems_of):
     found = problems_of("--lerning_rate", "1", settings={"local_stepz": 3, "seed": 4}, cases={"a": {"num_rounds": 3}})
     assert found == [
@@ -228,6 +239,20 @@ def test_every_run_is_run_once_and_never_again(main, tmp_path):
     # More seeds are more runs of the same comparison.
     code, printed = main("--seeds", "1", "2", "3")
     assert code == 0 and printed.err.count("done already") == 4 and printed.err.count(": starts") == 2
+
+
+def test_the_report_of_a_whole_comparison_is_not_written_over_by_a_part(main, tmp_path):
+    assert main()[0] == 0
+    first = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    code, _ = main("--methods", "fslora")
+    assert "found no hetlora-seed1, hetlora-seed2 asked for" in code
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == first
+
+
+def test_a_run_that_did_not_end_well_is_not_done(main, tmp_path):
+    assert main()[0] == 0
+    (tmp_path / "out" / "runs" / "fslora-seed1" / "rounds.png").unlink()
+    assert "fslora-seed1: goes on" in main()[1].err
 
 
 def test_a_run_that_was_stopped_is_resumed(main, tmp_path):
