@@ -32,17 +32,18 @@ class TopK:
         """The update that reaches the server of a client in a round: zeros stand where nothing was sent."""
         if self._feedback is None:
             return replace(update, **dict(zip("AB", self._largest(update.A, update.B), strict=True)))
-        rows = self._method.rows(client, client.sketch)
+        find = self._method.rows(client, client.sketch)
+        rows = {module: find(module) for module in {**update.A, **update.B}}  # each drawn once
         waiting = self._feedback.take(client.client_id, round)
-        for module in {**update.A, **update.B}:
-            waiting.add(module, rows(module), update.A.get(module), update.B.get(module))
+        for module in rows:
+            waiting.add(module, rows[module], update.A.get(module), update.B.get(module))
         A, B = (
-            {m: waiting.part(side, m, rows(m)).to(change.device) for m, change in given.items()}
+            {m: waiting.part(side, m, rows[m]).to(change.device) for m, change in given.items()}
             for side, given in (("A", update.A), ("B", update.B))
         )
         sent = self._largest(A, B)
-        for module in {**A, **B}:
-            waiting.subtract(module, rows(module), sent[0].get(module), sent[1].get(module))
+        for module in rows:
+            waiting.subtract(module, rows[module], sent[0].get(module), sent[1].get(module))
         self._feedback.keep(client.client_id, round, waiting)
         return replace(update, A=sent[0], B=sent[1])
 

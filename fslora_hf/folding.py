@@ -13,6 +13,7 @@ from torch import nn
 from .adapter import lora_layers
 
 FOLDED_NAME = "folded_base.safetensors"
+ROWS = 512  # of a weight of another type than the factors', summed in the wider of the two at a time
 
 
 class FoldedBase:
@@ -63,9 +64,10 @@ class FoldedBase:
                 target.addmm_(B[name], A[name], alpha=self._scales[name])
                 continue
             wide = torch.promote_types(target.dtype, A[name].dtype)
-            exact = torch.addmm(target.to(wide), B[name].to(wide), A[name].to(wide), alpha=self._scales[name])
-            target.copy_(exact)
-            errors.append((exact - target).square().sum(dtype=torch.float64))
+            for rows, factors in zip(target.split(ROWS), B[name].split(ROWS), strict=True):
+                exact = torch.addmm(rows.to(wide), factors.to(wide), A[name].to(wide), alpha=self._scales[name])
+                rows.copy_(exact)
+                errors.append((exact - rows).square().sum(dtype=torch.float64))
         return torch.stack(errors).sum().item() if errors else 0.0
 
     def save(self, path: str | Path) -> None:

@@ -22,6 +22,7 @@ class ClientPlan:
         weight: its share of the round's average; the shares of a cohort sum to 1.
         example_ids: int64 `[local_steps, examples a step]`, rows of the training data set.
         participation: the share of rounds that it takes part in, in the mean.
+        cohort_rank: the sum of the ranks in its round.
     """
 
     client_id: int
@@ -31,6 +32,7 @@ class ClientPlan:
     draw_sketch: Callable[[str], np.ndarray]
     draw_uniforms: Callable[[int, str], np.ndarray]
     participation: float
+    cohort_rank: int
 
     def sketch(self, module_name: str) -> np.ndarray:
         """Sorted int64 indices `[rank]` of the rows of A and columns of B that the client trains in this module."""
@@ -89,6 +91,7 @@ def plan_round(
     sizes = sizes if client_weighting == "num_examples" else np.ones(len(cohort))
     weights = sizes / sizes.sum()
     examples = partial(_draw_examples, data_seed if data_seed is not None else seed, round)
+    cohort_rank = int(ranks[cohort].sum())
     clients = []
     for position, weight in zip(cohort.tolist(), weights.tolist(), strict=True):
         client_id, rank = int(index.ids[position]), int(ranks[position])
@@ -96,7 +99,8 @@ def plan_round(
         sketch = partial(_draw_sketch, seed, round, client_id, global_rank, rank, sketch_scope)
         rows = rows.reshape(local_steps, examples_per_step)
         fresh = partial(_draw_uniforms, seed, round, client_id)
-        clients.append(ClientPlan(client_id, rank, weight, rows, sketch, fresh, clients_per_round / len(index)))
+        share = clients_per_round / len(index)
+        clients.append(ClientPlan(client_id, rank, weight, rows, sketch, fresh, share, cohort_rank))
     return RoundPlan(round, learning_rate(round), tuple(clients))
 
 

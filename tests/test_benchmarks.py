@@ -4,16 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import hub_push
 import pytest
+import server
 
 from fslora_hf.methods import METHODS
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "recipes/benchmarks"))  # scripts there import what lies beside them
-
-import hub_push  # noqa: E402
-import server  # noqa: E402
 
 
 def test_a_push_costs_its_snapshot_and_what_the_next_round_takes_more_than_its_neighbours():

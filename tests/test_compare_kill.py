@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from evaluated import ROOT, base  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
 
 from fslora_hf import FederatedSketchConfig
@@ -18,6 +17,9 @@ from fslora_hf.launch import build_trainer
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from recipes import compare
 from tests import compared
+from tests.evaluated import ROOT
+
+pytest_plugins = ("tests.evaluated",)
 
 ROUNDS = 24
 CHANGES = {"save_rounds": 4, "lora_dropout": 0.1, "max_length": 512, "activation_checkpointing": False}
@@ -48,7 +50,7 @@ def kill_at(process: subprocess.Popen, folder: Path, rounds: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_goes_on_where_it_stopped(base, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_killed_comparison_goes_on_where_it_stopped(base, tmp_path, monkeypatch, capsys):
     recipe = CHANGES | {"model_name_or_path": base}
     arguments = compared.write_comparison(
         tmp_path, recipe, methods=["fslora"], seeds=[1], rounds=ROUNDS, eval_every=ROUNDS // 2

@@ -19,9 +19,10 @@ from fslora_hf.compression import TopK
 from fslora_hf.feedback import ErrorFeedback, Waiting
 from fslora_hf.methods import METHODS, ClientAdapter, ClientUpdate
 from tests import reference, tiny
-from tests.test_laws_resume import fork  # noqa: F401 (a fixture)
 from tests.test_laws_training import RANKS, trained
 from tests.worker_train import build, check_same_ledger, launch, ledger, load_result
+
+pytest_plugins = ("tests.forked",)
 
 EXACT = 1e-9
 SGD = {"optim": "sgd", "learning_rate": 0.2, "max_grad_norm": 0.0}
@@ -178,7 +179,7 @@ def last_checkpoint(folder):
         ("on_step_begin", 2),  # before the first checkpoint
     ],
 )
-def test_law_3_killed_and_resumed_bit_for_bit(fork, tmp_path, event, step):  # noqa: F811
+def test_law_3_killed_and_resumed_bit_for_bit(fork, tmp_path, event, step):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir(), stopped.mkdir()
     kill = {"event": event, "step": step}
@@ -229,6 +230,12 @@ def test_a_run_stopped_within_a_round_saves_what_waited_before_it(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert [line["round"] for line in ledger(tmp_path / "stopped")] == [0, 1, 2, 3]
     assert reference.max_difference(*(reference.read_adapter(t.model) for t in (whole, resumed))) == 0
+
+
+def test_every_process_must_see_what_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr("fslora_hf.trainer.gather", lambda seen: [seen, False])  # a machine with a disk of its own
+    with pytest.raises(ValueError, match="Expected every process to see .*error_feedback, found one that does not"):
+        build(tmp_path, {**LAYOUT, "num_rounds": 1}).train()
 
 
 @pytest.mark.parametrize("other", [{"upload_top_k": 0.3}, {"error_feedback": False}], ids=str)

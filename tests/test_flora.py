@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fslora_hf.adapter import ClientStack, global_pair, save_client_adapter
+from fslora_hf.checkpoint import CheckpointError
 from fslora_hf.checks import check_layers
 from fslora_hf.folding import FOLDED_NAME, FoldedBase, folded_base, load_folded_base
 from fslora_hf.methods import METHODS, ClientAdapter, ClientUpdate, beside
@@ -157,7 +158,13 @@ def randn(*shape, seed: int = 0) -> torch.Tensor:
 def cohort(ranks, shares) -> list[SimpleNamespace]:
     rng = np.random.default_rng(0)
     return [
-        SimpleNamespace(rank=k, weight=w, participation=0.25, fresh_rows=lambda m, n, k=k: rng.normal(size=(k, n)))
+        SimpleNamespace(
+            rank=k,
+            weight=w,
+            participation=0.25,
+            cohort_rank=sum(ranks),
+            fresh_rows=lambda m, n, k=k: rng.normal(size=(k, n)),
+        )
         for k, w in zip(ranks, shares, strict=True)
     ]
 
@@ -203,15 +210,22 @@ def test_bytes_are_those_of_stacks_and_residuals():
     server, unit = pair(), 8 * (IN + OUT)
     clients = cohort([1, 2], [0.5, 0.5])
     method = METHODS["flora"]()
-    method.accumulator(server, clients)
     clients[0].participation = 1.0  # a stack of rank 3 each round
     assert method.bytes_moved(server, clients[0]) == (3 * unit, unit)
     assert method.bytes_moved(server, clients[1]) == (8 * IN * OUT, 2 * unit)  # the weights are less than four stacks
     assert METHODS["flora_residual"]().bytes_moved(server, clients[1]) == (R * unit, 2 * unit)
 
 
+def test_a_changed_base_is_resumed_in_its_own_precision_only(tmp_path):
+    args = {"method": "flora", "num_rounds": 2, "local_steps": 1, "save_rounds": 1}
+    build(tmp_path, args).train()
+    with pytest.raises(CheckpointError, match="base dtype was 'torch.float64' and is 'torch.float32'"):
+        build(tmp_path, args, dtype=torch.float32).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("dtype, exact", [(torch.float64, True), (torch.float32, True), (torch.bfloat16, False)])
-def test_a_fold_tells_what_the_bases_precision_gave_up(dtype, exact):
+def test_a_fold_tells_what_the_bases_precision_gave_up(dtype, exact, monkeypatch):
+    monkeypatch.setattr("fslora_hf.folding.ROWS", 5)  # several pieces of a weight, the last one smaller
     model = peft.get_peft_model(tiny.base_model(dtype), tiny.lora_config())
     adapter = torch.promote_types(dtype, torch.float32)
     before = weights(tiny.base_model(dtype))

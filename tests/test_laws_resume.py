@@ -4,7 +4,6 @@ Every run is a process of its own (forked from a server that has done the import
 are real. Bit for bit on the same layout, in fp32, with dropout and server Adam; up to rounding on another layout.
 """
 
-import multiprocessing
 import shutil
 import signal
 from itertools import zip_longest
@@ -12,7 +11,9 @@ from itertools import zip_longest
 import pytest
 
 from tests import reference
-from tests.worker_train import check_same_ledger, launch, ledger, load_result, run
+from tests.worker_train import check_same_ledger, launch, ledger, load_result
+
+pytest_plugins = ("tests.forked",)
 
 EXACT = 1e-9
 ROUNDS, LOCAL_STEPS, COHORT = 3, 2, 2
@@ -30,23 +31,6 @@ ARGS = {
     "save_total_limit": 1,
 }
 SAVE = [STEPS, 2 * STEPS]  # from the second round's first step to the third's: its end saves, and removes the first
-
-
-@pytest.fixture(scope="module")
-def fork():
-    """Runs jobs of tests/worker_train.py in forked processes, several at a time; returns their exit codes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.warm"])
-
-    def start_and_wait(*jobs: dict) -> list[int]:
-        processes = [context.Process(target=run, args=(job,)) for job in jobs]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        return [process.exitcode for process in processes]
-
-    return start_and_wait
 
 
 def job(folder, **changes) -> dict:

@@ -103,16 +103,22 @@ def test_own_method_runs_from_the_folder_it_is_in(model, tmp_path):
     assert len({rank for record in records for rank in record["ranks"]}) > 1
 
 
+def stand_ins(folder: Path, count: int, *tasks: str) -> tuple[Path, Path]:
+    """Folders of a model of bytes, and of so many generated rows of each task and split."""
+    base, rows = folder / "base", folder / "rows"
+    fitted(tiny.base_model(torch.float32)).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    for task in tasks:
+        for split in ("train", "test"):
+            (rows / task).mkdir(parents=True, exist_ok=True)
+            (rows / task / f"{split}.json").write_text(json.dumps(miniature_rows(task, split, count, seed=0)))
+    return base, rows
+
+
 @pytest.mark.slow
 def test_score_commands_run(tmp_path):
     """With generated rows, a model of bytes, and a run of one round in place of what they name."""
-    base, rows, scores = tmp_path / "base", tmp_path / "rows", tmp_path / "scores"
-    fitted(tiny.base_model(torch.float32)).save_pretrained(base)
-    tokenizer().save_pretrained(base)
-    for task in ("boolq", "piqa"):
-        for split in ("train", "test"):
-            (rows / task).mkdir(parents=True, exist_ok=True)
-            (rows / task / f"{split}.json").write_text(json.dumps(miniature_rows(task, split, 24, seed=0)))
+    base, rows, scores = *stand_ins(tmp_path, 24, "boolq", "piqa"), tmp_path / "scores"
     adapter = tmp_path / "checkpoint-120"
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), tiny.lora_config(2)).save_pretrained(adapter)
     (block,) = [block for block in blocks("sh") if "recipes/evaluate.py" in block]
@@ -131,12 +137,7 @@ def test_score_commands_run(tmp_path):
 @pytest.mark.slow
 def test_compare_command_runs(tmp_path):
     """Two methods of it for one round and one seed, on a model of bytes and generated rows."""
-    base, rows, out = tmp_path / "base", tmp_path / "rows", tmp_path / "out"
-    fitted(tiny.base_model(torch.float32)).save_pretrained(base)
-    tokenizer().save_pretrained(base)
-    for split in ("train", "test"):
-        (rows / "boolq").mkdir(parents=True, exist_ok=True)
-        (rows / "boolq" / f"{split}.json").write_text(json.dumps(miniature_rows("boolq", split, 400, seed=0)))
+    base, rows, out = *stand_ins(tmp_path, 400, "boolq"), tmp_path / "out"
     (command,) = [block for block in blocks("sh") if "recipes/compare.py" in block]
     words = shlex.split(command.replace("FOLDER", str(rows)))
     shorter = f"--model_name_or_path {base} --output_dir {out} --methods fslora ffa_lora --seeds 1 --rounds 1"

@@ -9,6 +9,8 @@ from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 
+import convergence
+import least_squares
 import numpy as np
 import pytest
 import torch
@@ -17,11 +19,6 @@ from fslora_hf.methods.fslora import FSLoRA
 from fslora_hf.server import ServerState
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "recipes/benchmarks"))  # scripts there import what lies beside them
-
-import convergence  # noqa: E402
-import least_squares  # noqa: E402
-
 MODULE = convergence.MODULE
 ERRORS = 5.0  # standard errors; the seeds are fixed, so that a test that passes keeps passing
 

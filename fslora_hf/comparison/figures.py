@@ -116,13 +116,19 @@ def _legend_beside(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) ->
     axis.legend(handles, labels, frameon=False, fontsize=8.5, labelcolor=DARK, **place)
 
 
+def _rank_panels(shown: Sequence[dict[str, Any]]) -> tuple[Figure, list[tuple[Axes, Sequence[dict[str, Any]]]]]:
+    """A figure with a panel for each group of variants that can be drawn together."""
+    groups = panels_of(shown)
+    figure, axes = _figure(len(groups), 7.2 if len(groups) == 1 else 5.4, 4.2)
+    return figure, list(zip(axes, groups, strict=True))
+
+
 def _accuracy_by_rank(summary: Summary) -> Figure | None:
     shown = [variant for variant in summary["variants"] if variant["mean_rank"] and variant["accuracy"]]
     if not shown:
         return None
-    groups = panels_of(shown)
-    figure, axes = _figure(len(groups), 7.2 if len(groups) == 1 else 5.4, 4.2)
-    for axis, variants in zip(axes, groups, strict=True):
+    figure, panels = _rank_panels(shown)
+    for axis, variants in panels:
         dress(axis, "Final accuracy of the global adapter", "mean rank of the run's clients")
         _plot_accuracies(axis, variants)
         _accuracy_axis(axis, summary)
@@ -147,9 +153,8 @@ def _loss_by_rank(summary: Summary) -> Figure | None:
     shown = [variant for variant in summary["variants"] if any(variant["rank_losses"].values())]
     if not shown:
         return None
-    groups = panels_of(shown)
-    figure, axes = _figure(len(groups), 7.2 if len(groups) == 1 else 5.4, 4.2)
-    for axis, variants in zip(axes, groups, strict=True):
+    figure, panels = _rank_panels(shown)
+    for axis, variants in panels:
         dress(axis, "Clients' training loss, second half of the rounds", "rank of the client")
         for number, variant in enumerate(variants):
             points = sorted((int(rank), value["mean"]) for rank, value in variant["rank_losses"].items() if value)

@@ -33,6 +33,7 @@ class SketchedClient(Protocol):
     rank: int
     weight: float  # its share of the round's average; the shares of a cohort sum to 1
     participation: float  # the share of rounds that it takes part in, in the mean
+    cohort_rank: int  # the sum of the ranks in its round
 
     def fresh_rows(self, module: str, features: int) -> np.ndarray:
         """Rows of a new A for this client and round, float64 `[rank, features]`, uniform on +-1/sqrt(features)."""

@@ -22,33 +22,12 @@ Decided here:
   in the paper. `truncation_error` in the ledger is what the rank r gives up of P, in squared Frobenius norm.
 """
 
-import torch
-
 from .base import first_rows
-from .stacking import Stacking, best_pair, stacked
+from .stacking import BestPart
 
 
-class FlexLoRA(Stacking):
+class FlexLoRA(BestPart):
     """Each client trains its best rank-k part; the server averages the products and decomposes them anew."""
-
-    def __init__(self):
-        self._truncation_error = 0.0
 
     def receive(self, state, client, sketch):
         return first_rows(state, client.rank)
-
-    def finish(self, state, accumulator):
-        A, B, errors = {}, {}, []
-        if accumulator["weight"].sum().item() == 0.0:
-            self._truncation_error = 0.0
-            return None
-        for module, old_A in state.A.items():
-            stack_A, stack_B = stacked(accumulator, module)
-            new_A, new_B, error = best_pair([stack_A], [stack_B], old_A)
-            A[module], B[module] = new_A.sub_(old_A), new_B.sub_(state.B[module])
-            errors.append(error)
-        self._truncation_error = torch.stack(errors).sum().item()
-        return A, B
-
-    def notes(self):
-        return {"truncation_error": self._truncation_error}

@@ -26,8 +26,8 @@ Decided here:
 
 import torch
 
-from .base import ClientAdapter
-from .stacking import Stacking, best_pair, stacked
+from .base import ClientAdapter, Method
+from .stacking import BestPart, Stacking, stacked
 
 
 class FLoRA(Stacking):
@@ -54,34 +54,18 @@ class FLoRA(Stacking):
 
     def bytes_moved(self, state, client):
         up = super().bytes_moved(state, client)[1]
-        stack = up // client.rank * self._ends[-1]
+        stack = up // client.rank * client.cohort_rank
         return round(min(stack / client.participation, state.dense_bytes)), up
 
 
-class FLoRAResidual(FLoRA):
+class FLoRAResidual(BestPart, FLoRA):
     """FLoRA on a base that cannot be changed: what is learned stays an adapter of the global rank."""
 
     folds = False
 
-    def __init__(self):
-        self._truncation_error = 0.0
-
-    def finish(self, state, accumulator):
-        A, B, errors = {}, {}, []
-        if accumulator["weight"].sum().item() == 0.0:
-            self._truncation_error = 0.0
-            return None
-        for module, old_A in state.A.items():
-            old_B, (stack_A, stack_B) = state.B[module], stacked(accumulator, module)
-            new_A, new_B, error = best_pair([old_A, stack_A], [old_B, stack_B], old_A)
-            A[module], B[module] = new_A.sub_(old_A), new_B.sub_(old_B)
-            errors.append(error)
-        self._truncation_error = torch.stack(errors).sum().item()
-        return A, B
+    def factors(self, A, B, old_A, old_B):
+        return [old_A, A], [old_B, B]
 
     def bytes_moved(self, state, client):
-        up = Stacking.bytes_moved(self, state, client)[1]
+        up = Method.bytes_moved(self, state, client)[1]
         return up // client.rank * state.rank, up
-
-    def notes(self):
-        return {"truncation_error": self._truncation_error}

@@ -22,7 +22,8 @@ class Stacking(Method):
     new_basis = True
 
     def accumulator(self, state, cohort):
-        self._ends = list(accumulate(client.rank for client in cohort))  # of a client's rows, by its position
+        # Where each client's rows end is the round's own, and made anew in every process with the accumulator.
+        self._ends = list(accumulate(client.rank for client in cohort))
         shapes = {"weight": (len(cohort),)}
         for module, A in state.A.items():
             shapes[f"{module}.A"] = self._ends[-1], A.shape[1]
@@ -36,6 +37,36 @@ class Stacking(Method):
             rows = slice(end - len(A), end)
             accumulator[f"{module}.A"][rows].add_(A)
             accumulator[f"{module}.B"][:, rows].add_(returned.B[module], alpha=update.weight * returned.scale)
+
+
+class BestPart(Stacking):
+    """Keeps the best rank-r part of the stack, alone or with what there was, as the new global pair.
+
+    `truncation_error` in the ledger is what that gives up, in squared Frobenius norm over all modules.
+    """
+
+    def __init__(self):
+        self._truncation_error = 0.0
+
+    def factors(self, A: torch.Tensor, B: torch.Tensor, old_A: torch.Tensor, old_B: torch.Tensor):
+        """The factors of what is to be kept, several A `[k, in]` and B `[out, k]`: the stack's."""
+        return [A], [B]
+
+    def finish(self, state, accumulator):
+        A, B, errors = {}, {}, []
+        if accumulator["weight"].sum().item() == 0.0:
+            self._truncation_error = 0.0
+            return None
+        for module, old_A in state.A.items():
+            old_B = state.B[module]
+            new_A, new_B, error = best_pair(*self.factors(*stacked(accumulator, module), old_A, old_B), old_A)
+            A[module], B[module] = new_A.sub_(old_A), new_B.sub_(old_B)
+            errors.append(error)
+        self._truncation_error = torch.stack(errors).sum().item()
+        return A, B
+
+    def notes(self):
+        return {"truncation_error": self._truncation_error}
 
 
 def stacked(accumulator: FlatTensors, module: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,12 +20,9 @@ round by round, noise included, and no fit; measured is the mean over `--seeds` 
 """
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +31,7 @@ from least_squares import Law, Problem, make_problem, safe_rate  # beside this f
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from outputs import write_result
 
 from fslora_hf.methods import ClientUpdate
 from fslora_hf.methods.fslora import FSLoRA
@@ -258,14 +256,7 @@ def main() -> None:
         rows.append(measure(problem, k, options.rounds, options.seeds, options.epsilon))
         print(f"k/r = {k}/{options.rank} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     print_table(rows)
-    settings = {key: value for key, value in vars(options).items() if key != "output"}
-    result = {"settings": settings, "results": rows}
-    result["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result, output.with_suffix(".png"))
-    print(f"Written: {output}, {output.with_suffix('.png')}")
+    plot(write_result(options, rows, PACKAGES), Path(options.output).with_suffix(".png"))
 
 
 if __name__ == "__main__":

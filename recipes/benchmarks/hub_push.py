@@ -13,24 +13,22 @@ Writes JSON.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
-from throughput import (  # beside this file
+from outputs import processor, write_result  # beside this file
+from throughput import (
     PACKAGES,
     TARGETS,
     add_work_options,
     load_model,
     make_rows,
     make_tokenizer,
-    processor,
 )
 
 TOKEN = "hf_benchmark"  # of the tests' Hub
@@ -179,14 +177,7 @@ def main() -> None:
     growth = ", ".join(f"{share:+.1%} when every {every}. round is pushed"
                        for every, share in summary["seconds"]["growth"].items())  # fmt: skip
     print(f"With a Hub that waits {options.stall:g} s at each commit, training time changes by {growth}.")
-    settings = {key: value for key, value in vars(options).items() if key not in ("worker", "output", "scored")}
-    result = {"settings": settings | {"model": Path(options.model).name}, "results": summary}
-    result["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    result["hardware"] = {"device": processor()}
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"Written: {output}")
+    write_result(options, summary, PACKAGES, hidden=("scored",), hardware={"device": processor()})
 
 
 if __name__ == "__main__":

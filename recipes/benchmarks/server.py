@@ -12,17 +12,15 @@ before, adapters and accumulator included, and beyond the change, which is an ad
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from throughput import processor  # beside this file
+from outputs import processor, write_result  # beside this file
 
 LAYERS = 28
 SHAPES = {  # in, out
@@ -50,7 +48,7 @@ class Client:
     """A client of a cohort that is alike in everything."""
 
     def __init__(self, rank: int, cohort: int):
-        self.client_id, self.rank, self.weight, self.participation = 0, rank, 1 / cohort, 1.0
+        self.client_id, self.rank, self.weight = 0, rank, 1 / cohort
 
     def sketch(self, module: str):
         return np.arange(self.rank)
@@ -146,16 +144,9 @@ def main() -> None:
     for row in rows:
         print(f"{row['method']:16}{row['client_rank']:12}{row['seconds']:11.2f}{LAYERS * row['seconds']:11.0f}"
               f"{row['bytes'] / 1e6:11.0f}{row['bytes'] / dense:16.2f}")  # fmt: skip
-    settings = {key: value for key, value in vars(options).items() if key not in ("worker", "output")}
-    result = {"settings": settings, "layers": LAYERS, "dense_layer_bytes": dense, "results": rows}
-    result["versions"] = {name: version(name) for name in ("torch", "fslora_hf")} | {
-        "python": platform.python_version()
-    }
-    result["hardware"] = {"device": processor(), "threads": torch.get_num_threads()}
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"Written: {output}")
+    hardware = {"device": processor(), "threads": torch.get_num_threads()}
+    more = {"layers": LAYERS, "dense_layer_bytes": dense, "hardware": hardware}
+    write_result(options, rows, ("torch", "fslora_hf"), **more)
 
 
 if __name__ == "__main__":

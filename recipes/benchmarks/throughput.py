@@ -10,16 +10,15 @@ gained by training less. Ratios are of medians. Writes JSON, and a PNG beside it
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from outputs import processor, write_result  # beside this file
 
 VARIANTS = {
     "sft": "SFTTrainer, one client's batch",
@@ -162,15 +161,6 @@ def work(options: argparse.Namespace) -> dict:
     }
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def run_worker(options: argparse.Namespace, variant: str, scored: str) -> dict:
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", variant, "--scored", scored]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -207,7 +197,8 @@ def print_table(title: str, rows: dict[str, dict]) -> None:
         )
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(result: dict, output: str) -> None:
+    """A PNG beside the JSON file `output`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -230,7 +221,7 @@ def plot(result: dict, path: Path) -> None:
         axes.invert_yaxis()
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(Path(output).with_suffix(".png"), dpi=130)
 
 
 def main() -> None:
@@ -238,8 +229,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(work(options)))
         return
-    result = {"settings": vars(options) | {"model": Path(options.model).name}, "results": {}}
-    result["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    results: dict[str, dict] = {}
     total, done, start = len(options.losses) * options.repeats * len(VARIANTS), 0, time.monotonic()
     for scored in options.losses:
         measured: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
@@ -249,17 +239,11 @@ def main() -> None:
                 done += 1
                 left = (time.monotonic() - start) / done * (total - done)
                 print(f"{done}/{total} {scored}: {variant}, {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
-        result["results"][LOSSES[scored]] = summarise(measured)
-        result["hardware"] = {key: measured["sft"][0][key] for key in ("device", "threads")}
-    for title, rows in result["results"].items():
+        results[LOSSES[scored]] = summarise(measured)
+        hardware = {key: measured["sft"][0][key] for key in ("device", "threads")}
+    for title, rows in results.items():
         print_table(f"Loss on {title}", rows)
-    for private in ("worker", "scored", "output"):
-        result["settings"].pop(private)
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result, output.with_suffix(".png"))
-    print(f"\nWritten: {output}, {output.with_suffix('.png')}")
+    plot(write_result(options, results, PACKAGES, hidden=("scored",), hardware=hardware), options.output)
 
 
 if __name__ == "__main__":

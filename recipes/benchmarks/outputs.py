@@ -1,0 +1,47 @@
+"""What every benchmark writes: its settings, its results, and what it ran with."""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Collection, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def write_result(
+    options: argparse.Namespace,
+    results: Any,
+    packages: Collection[str],
+    *,
+    hidden: Collection[str] = (),
+    **more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write `options.output`, a JSON file, making its folder; returns what it holds.
+
+    Args:
+        options: of the command line; all but `output`, `worker` and those `hidden` become the settings, a model's
+            folder as its name.
+        packages: whose versions are noted, beside Python's.
+        more: further parts of the file.
+    """
+    settings = {key: value for key, value in vars(options).items() if key not in ("output", "worker", *hidden)}
+    if "model" in settings:
+        settings["model"] = Path(settings["model"]).name
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    result = {"settings": settings, "results": results, **more, "versions": versions}
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"Written: {output}")
+    return result
