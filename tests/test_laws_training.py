@@ -309,6 +309,8 @@ def test_law_1_the_plan_keeps_its_contract(tmp_path, name):
         np.testing.assert_allclose([client.weight for client in plan.clients], sizes / sizes.sum(), rtol=1e-12)
         for client in plan.clients:
             assert client.rank == (ranks[client.client_id] or client.rank)
+            assert client.cohort_rank == sum(each.rank for each in plan.clients)
+            assert client.participation == len(ids) / len(shards)
             check_reading(client.example_ids, shards[client.client_id], config)
         probe.step()
         schedule.step()
