@@ -74,7 +74,7 @@ class RoundCallback(TrainerCallback):
             "round": done,
             "clients_accepted": len(record["clients"]) - len(record["refused"]),
             "megabytes_up": record["bytes_up"] / 1e6,
-            "minutes_left": round(seconds_a_round * (self.trainer.args.num_rounds - done) / 60, 2),
+            "minutes_left": round(seconds_a_round * self.trainer.rounds_left / 60, 2),
         }
         losses = [loss for loss in record["losses"] if loss is not None]
         if losses:

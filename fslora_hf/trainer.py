@@ -6,6 +6,7 @@ Every override of a private hook of the Trainer is in this file, and was checked
 import copy
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -282,6 +283,15 @@ class FederatedSketchTrainer(SFTTrainer):
         budget = self.args.upload_budget
         spent = budget is not None and self._bytes_up >= budget * 1e6
         return spent or self.rounds_done == self.args.num_rounds
+
+    @property
+    def rounds_left(self) -> int:
+        """Rounds until the run ends: a guess, from the uploads so far, where a budget may end it before the last."""
+        left, budget = self.args.num_rounds - self.rounds_done, self.args.upload_budget
+        if budget is None or self._bytes_up == 0:
+            return left
+        affordable = math.ceil((budget * 1e6 - self._bytes_up) * self.rounds_done / self._bytes_up)
+        return max(0, min(left, affordable))
 
     # ---- The run ----
 

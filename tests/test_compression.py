@@ -398,8 +398,17 @@ def test_a_run_ends_when_its_uploads_reach_the_budget(tmp_path, rounds_worth, ex
     megabytes = one_round(tmp_path / "one") * rounds_worth / 1e6
     args = {"num_rounds": 6, "local_steps": 2, "clients_per_round": 2, "upload_budget": megabytes, "save_rounds": 5}
     trainer = build(tmp_path / "run", args)
+    told = []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "minutes_left" in logs:
+                told.append(trainer.rounds_left)
+
+    trainer.add_callback(Watch())
     trainer.train()
     assert [line["round"] for line in ledger(tmp_path / "run")] == list(range(expected))
+    assert told == list(reversed(range(expected)))
     steps = expected * trainer.layout.steps_per_round
     assert trainer.state.global_step == steps and (tmp_path / "run" / f"checkpoint-{steps}").is_dir()
 
