@@ -36,6 +36,12 @@ def agree(decide: Callable[[], Any]) -> Any:
     return answer[0]
 
 
+def leave() -> None:
+    """End the process group, if there is one: a process that exits within it may be aborted, its work done."""
+    if _running():
+        distributed.destroy_process_group()
+
+
 def gather(value: Any) -> list[Any]:
     """Every process's value, by rank, in every process."""
     if world() == 1:

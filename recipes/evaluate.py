@@ -12,7 +12,7 @@ import sys
 from fslora_hf import FederatedSketchConfig
 from fslora_hf.evaluation.report import plot_accuracy, results_table, round_number
 from fslora_hf.launch import held_out_rows
-from fslora_hf.processes import rank
+from fslora_hf.processes import leave, rank
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.scoring import evaluate
 from fslora_hf.settings import SettingsError
@@ -33,7 +33,9 @@ def main() -> None:
         results, folder = evaluate(arguments, args, model_args, rows)
     except (ValueError, OSError) as error:
         sys.exit(str(error) if rank() == 0 else 1)
-    if rank() > 0:
+    first = rank() == 0
+    leave()
+    if not first:
         return
     table = results_table(results)
     print(f"\n{table}\n\nResult files: {folder}")

@@ -11,6 +11,7 @@ import sys
 
 from fslora_hf import FederatedSketchConfig
 from fslora_hf.launch import build_trainer, finish, missing_rounds
+from fslora_hf.processes import leave
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.settings import SettingsError
 
@@ -23,6 +24,7 @@ def main() -> None:
     trainer = build_trainer(recipe, args, model_args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     table = finish(trainer)
+    leave()
     if trainer.is_world_process_zero():
         print(f"\n{table}\n\nAdapter, ledger and figure: {args.output_dir}")
         sys.exit(missing_rounds(trainer))

@@ -15,6 +15,7 @@ from fslora_hf.evaluation import Loglikelihood, score_rows
 from fslora_hf.evaluation import runner as runner_module
 from fslora_hf.evaluation.journal import Journal
 from fslora_hf.evaluation.outcomes import Outcome
+from fslora_hf.processes import leave
 from tests import tiny
 from tests.test_loglikelihood import fitted, tokenizer
 
@@ -99,7 +100,8 @@ def work(folder: Path, protocol: str) -> None:
     found = {"records": [outcome.to_record() for outcome in scores.outcomes], "asked": asked}
     found["accuracy"] = scores.metrics["accuracy"]["accuracy"]
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave()
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_killed_evaluation_goes_on_with_the_questions_left(model, rows, tmp_path):

@@ -29,6 +29,7 @@ import torch
 from transformers import TrainerCallback
 
 from fslora_hf.config import FederatedSketchConfig
+from fslora_hf.processes import leave
 from fslora_hf.trainer import FederatedSketchTrainer
 from tests import reference, tiny
 
@@ -239,3 +240,4 @@ class HalfWriter:
 
 if __name__ == "__main__":
     run(json.loads(Path(sys.argv[1]).read_text()))
+    leave()
