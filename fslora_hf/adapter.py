@@ -1,10 +1,11 @@
 """Client adapters, stacked in the PEFT layers of one resident base model.
 
 A block of clients trains in the same step: their examples pass through the base together, client by client, and each
-LoRA layer adds two batched products with the clients' stacked pairs. Rows beyond a client's rank are zero on both
-sides, so their gradients are zero and every elementwise optimizer leaves them zero.
+LoRA layer adds two batched products with the clients' stacked pairs, as wide as the block's largest rank. Rows beyond
+a client's own rank are zero on both sides, so their gradients are zero and every elementwise optimizer leaves them.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,9 +66,9 @@ class StackedLora(LoraVariant):
                 f"{x.shape[:-1].numel()}: leave layers that are routed, such as experts, out of target_modules."
             )
         x = module.lora_dropout[active_adapter](x).reshape(clients, -1, x.shape[-1])
-        down = torch.bmm(x, module.client_A[:clients].mT)
+        down = torch.bmm(x, module.client_A.mT)
         down = down * (self.scale * module.scaling[active_adapter]).to(down.dtype)
-        flat, B = result.reshape(clients, -1, result.shape[-1]), module.client_B[:clients].mT
+        flat, B = result.reshape(clients, -1, result.shape[-1]), module.client_B.mT
         if flat.dtype == down.dtype == B.dtype:
             return torch.baddbmm(flat, down, B).view(result.shape)
         return result + torch.bmm(down, B).view(result.shape)
@@ -104,20 +105,22 @@ class ClientStack:
         self._layers = lora_layers(model, adapter_name)
         self._trains = tuple(trains)
         self._adapter_name = adapter_name
-        self._shape = max_clients, max_rank
+        self._most = max_clients, max_rank
+        self._rooms: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._variant, self._beside_global = StackedLora(), beside_global
         self._received: tuple[ClientAdapter, ...] = ()
         self._hooks: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Give every layer its stacked parameters (zeros) and freeze the global adapter, so that whatever walks the
-        model's trainable parameters finds the clients'."""
-        clients, rank = self._shape
-        for layer in self._layers.values():
+        """Give every layer its stacked parameters (zeros, of the largest shape) and freeze the global adapter, so that
+        whatever walks the model's trainable parameters finds the clients'."""
+        clients, rank = self._most
+        for name, layer in self._layers.items():
             A, B = layer.lora_A[self._adapter_name].weight, layer.lora_B[self._adapter_name].weight
             self._hooks.append(layer.register_state_dict_post_hook(_leave_clients_out))
             layer.client_A = nn.Parameter(A.new_zeros(clients, rank, A.shape[1]), "A" in self._trains)
             layer.client_B = nn.Parameter(B.new_zeros(clients, B.shape[0], rank), "B" in self._trains)
+            self._rooms[name] = layer.client_A.data.view(-1), layer.client_B.data.view(-1)
             A.requires_grad_(False)
             B.requires_grad_(False)
 
@@ -131,18 +134,27 @@ class ClientStack:
                 del layer.client_A, layer.client_B
             layer.lora_A[self._adapter_name].weight.requires_grad_(True)
             layer.lora_B[self._adapter_name].weight.requires_grad_(True)
+        self._rooms.clear()
 
     @torch.no_grad()
     def load(self, adapters: Sequence[ClientAdapter]) -> None:
-        """Refill the stack with the clients of a block and make the model compute with them."""
+        """Refill the stack with the clients of a block and make the model compute with them.
+
+        The parameters stay the same objects, in the same memory, and take the block's shape; without clients (an idle
+        block) they keep what they hold.
+        """
         self._received = tuple(adapters)
-        for name, layer in self._layers.items():
-            for stacked, tensors in (
-                (layer.client_A, [adapter.A[name] for adapter in adapters]),
-                (layer.client_B, [adapter.B[name] for adapter in adapters]),
+        for name, layer in self._layers.items() if adapters else ():
+            for stacked, room, tensors in (
+                (layer.client_A, self._rooms[name][0], [adapter.A[name] for adapter in adapters]),
+                (layer.client_B, self._rooms[name][1], [adapter.B[name] for adapter in adapters]),
             ):
+                stacked.grad = None  # one of the last block has that block's shape
+                sizes = zip(*(tensor.shape for tensor in tensors), strict=True)
+                shape = len(tensors), *map(max, sizes)
+                stacked.data = room[: math.prod(shape)].view(shape)
                 stacked.zero_()
-                for slot, tensor in zip(stacked, tensors, strict=False):
+                for slot, tensor in zip(stacked, tensors, strict=True):
                     slot[: tensor.shape[0], : tensor.shape[1]] = tensor
         some = next(iter(self._layers.values())).client_A
         scales = [adapter.scale for adapter in adapters]
@@ -190,7 +202,7 @@ class ClientStack:
         return A, B
 
     def parameters(self) -> list[nn.Parameter]:
-        """The stacked parameters, `[clients, k_max, in]` and `[clients, out, k_max]` by turns."""
+        """The block's stacked parameters, `[clients, k_max, in]` and `[clients, out, k_max]` by turns."""
         return [tensor for layer in self._layers.values() for tensor in (layer.client_A, layer.client_B)]
 
     def clip_gradients(self, max_norm: float) -> torch.Tensor:
@@ -198,7 +210,7 @@ class ClientStack:
 
         Returns each client's norm before clipping, `[clients]`.
         """
-        gradients = [p.grad[: self.clients] for p in self.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if not gradients:
             return torch.zeros(self.clients)
         per_tensor = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])

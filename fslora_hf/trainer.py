@@ -68,6 +68,13 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
+def _shaped_as(parameter: torch.Tensor, fresh: Any) -> Any:
+    """A copy of an optimizer's fresh state, an equal number for each element, of which a parameter now has fewer."""
+    if isinstance(fresh, torch.Tensor) and fresh.dim() == parameter.dim():
+        return fresh.flatten()[: parameter.numel()].view_as(parameter).clone()
+    return copy.deepcopy(fresh)
+
+
 class FederatedSketchTrainer(SFTTrainer):
     """TRL's SFTTrainer for federated LoRA over clients of different ranks.
 
@@ -263,10 +270,11 @@ class FederatedSketchTrainer(SFTTrainer):
 
     def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
         """Load this process's clients of a wave and clear the local optimizer's state."""
+        block = self._engine.hand_over(wave)
         self.optimizer.state.clear()
         for parameter, state in self._fresh_optimizer_state.items():
-            self.optimizer.state[parameter] = {key: copy.deepcopy(value) for key, value in state.items()}
-        return self._engine.hand_over(wave)
+            self.optimizer.state[parameter] = {key: _shaped_as(parameter, value) for key, value in state.items()}
+        return block
 
     def collect(self) -> None:
         self._engine.collect()

@@ -98,19 +98,45 @@ def test_rows_beyond_a_clients_rank_stay_zero(stacked, optimizer):
     for _ in range(3):
         client_loss(model(input_ids=ids).logits, 3).backward()
         for layer in lora_layers(model).values():
-            for slot, rank in enumerate([*RANKS, 0]):
+            for slot, rank in enumerate(RANKS):
                 assert (layer.client_A.grad[slot, rank:] == 0).all()
                 assert (layer.client_B.grad[slot, :, rank:] == 0).all()
         local.step()
         local.zero_grad()
     for layer in lora_layers(model).values():
-        for slot, rank in enumerate([*RANKS, 0]):
+        for slot, rank in enumerate(RANKS):
             assert (layer.client_A[slot, rank:] == 0).all() and (layer.client_B[slot, :, rank:] == 0).all()
     for slot, adapter in enumerate(adapters):
         A, B = stack.change(slot)
         for name in A:
             assert A[name].shape == adapter.A[name].shape and B[name].shape == adapter.B[name].shape
             assert A[name].abs().min() > 0 and B[name].abs().min() > 0
+
+
+def test_a_block_takes_no_more_than_its_clients_and_its_largest_rank(stacked):
+    """One client of rank 1 after three up to rank 5, and the three again: the same parameters in the same memory."""
+    model, stack, adapters, ids = stacked
+    parameters, places = stack.parameters(), [p.data_ptr() for p in stack.parameters()]
+    before = stack.current(0), stack.current(2)
+    client_loss(model(input_ids=ids).logits, 3).backward()
+    small = min(adapters, key=lambda adapter: next(iter(adapter.A.values())).shape[0])
+    for block in ([small], adapters):
+        stack.load(block)
+        rank = max(next(iter(adapter.A.values())).shape[0] for adapter in block)
+        for parameter in stack.parameters()[::2]:
+            assert parameter.shape[:2] == (len(block), rank) and parameter.grad is None
+        for parameter in stack.parameters()[1::2]:
+            assert (parameter.shape[0], parameter.shape[2]) == (len(block), rank) and parameter.grad is None
+        for name, layer in lora_layers(model).items():
+            assert torch.equal(layer.client_A[0, : block[0].A[name].shape[0]], block[0].A[name])
+        rows = ids[: 2 * len(block)] if block is adapters else ids.chunk(3)[0]
+        stack.expect(rows.numel())
+        client_loss(model(input_ids=rows).logits, len(block)).backward()
+        assert all(p.grad.shape == p.shape and p.grad.abs().sum() > 0 for p in stack.parameters())
+    assert all(a is b for a, b in zip(parameters, stack.parameters(), strict=True))
+    assert places == [p.data_ptr() for p in stack.parameters()]
+    after = stack.current(0), stack.current(2)
+    assert all(torch.equal(a.B[name], b.B[name]) for a, b in zip(before, after, strict=True) for name in a.B)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.3, 1e6])
