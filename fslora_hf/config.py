@@ -20,6 +20,8 @@ RANK_DISTRIBUTIONS = ("homogeneous", "uniform", "normal", "heavy_tail_low")
 EVAL_PROTOCOLS = (*PROTOCOLS, "loss")
 SERVER_OPTIMIZERS = ("sgd", "sgd_momentum", "adam", "adamw")
 
+AUTO = "auto"  # per_device_train_clients: as many as fit
+
 # Clients of a block lie side by side in one stacked tensor, so a local optimizer must treat each number for itself.
 LOCAL_OPTIMIZERS = (
     "adamw_torch",
@@ -130,10 +132,12 @@ class FederatedSketchConfig(SFTConfig):
         default=None, metadata={"help": "Number of clients that take part in a round. None: all of them."}
     )
     local_steps: int = field(default=20, metadata={"help": "Optimizer steps each client takes in a round."})
-    per_device_train_clients: int = field(
+    # None, which is refused, makes the command line read this field as text.
+    per_device_train_clients: int | str | None = field(
         default=1,
         metadata={
-            "help": "Clients a process trains in the same step. Changes speed and memory; of the result only rounding "
+            "help": "Clients a process trains in the same step: a number, or `auto` for as many as fit into its "
+            "memory, which is measured before the first round. Changes speed and memory; of the result only rounding "
             "and which numbers dropout draws."
         },
     )
@@ -306,6 +310,9 @@ class FederatedSketchConfig(SFTConfig):
             self.activation_checkpointing = True
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # a bool, or its text on the command line
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
+        block = self.per_device_train_clients
+        if isinstance(block, str) and block.isdecimal():  # a number on the command line
+            self.per_device_train_clients = int(block)
         ranks = self.client_ranks.tolist() if hasattr(self.client_ranks, "tolist") else self.client_ranks
         if isinstance(ranks, (list, tuple)):  # numpy's integers as Python's, which JSON can hold
             ranks = [int(rank) if is_a(rank, int) else rank for rank in ranks]
@@ -329,6 +336,9 @@ class FederatedSketchConfig(SFTConfig):
             value = getattr(self, name)
             if is_a(value, float) and not value >= least:
                 problems[name] = sentence(name, f"at least {least}", value, "raise it")
+        name, block = "per_device_train_clients", self.per_device_train_clients
+        if block != AUTO and not is_a(block, int):
+            problems[name] = sentence(name, f"a number of clients, or {AUTO}", block, "write one of these")
         if is_a(self.upload_top_k, float) and not 0 < self.upload_top_k <= 1:
             remedy = "give a share such as 0.1, or remove it to send all"
             problems["upload_top_k"] = sentence("upload_top_k", "above 0 and at most 1", self.upload_top_k, remedy)

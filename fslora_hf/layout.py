@@ -29,6 +29,11 @@ class Layout:
         return -(-self.clients_per_round // (self.block_size * self.processes))
 
     @property
+    def even_block(self) -> int:
+        """The smallest block with which a round takes no more waves."""
+        return -(-self.clients_per_round // (self.waves * self.processes))
+
+    @property
     def steps_per_round(self) -> int:
         return self.waves * self.local_steps
 

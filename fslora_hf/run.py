@@ -153,6 +153,14 @@ def _fetch(trainer: "FederatedSketchTrainer", resume: str, output_dir: Path) -> 
     return fetch_round(*source, output_dir / HUB_RESUME, args.hub_token)
 
 
+def saved_block(checkpoint: str | None) -> int | None:
+    """How many clients shared a step before a checkpoint was written; None without a checkpoint."""
+    if checkpoint is None:
+        return None
+    saved = json.loads((Path(checkpoint) / "training_args.json").read_text(encoding="utf-8"))
+    return saved["per_device_train_clients"]
+
+
 def _warn_of_other_length(trainer: "FederatedSketchTrainer", folder: Path) -> None:
     """A run may be made longer, but a schedule that ends with the run then takes other rates from here on."""
     args = trainer.args

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from . import run
 from .adapter import PEFT_PREFIX, ClientStack, global_pair, save_client_adapter, widen_adapter
+from .block_size import fit_block
 from .callbacks import RoundCallback, RoundProgressCallback
 from .checkpoint import FEEDBACK_NAME, SERVER_NAME, read_state, rotate, whole_folder
 from .checks import (
@@ -39,7 +41,7 @@ from .checks import (
 )
 from .clients import ClientIndex
 from .compression import TopK
-from .config import FederatedSketchConfig
+from .config import AUTO, FederatedSketchConfig
 from .draws import seed_from
 from .engine import RoundEngine
 from .feedback import ErrorFeedback
@@ -190,9 +192,7 @@ class FederatedSketchTrainer(SFTTrainer):
         args = self.args
         self.client_index = index
         self._schedule = round_schedule(args, args.num_rounds)
-        self.layout = Layout(
-            self.cohort_size, args.local_steps, args.per_device_train_clients, args.world_size, args.process_index
-        )
+        self._lay_out(1 if args.per_device_train_clients == AUTO else args.per_device_train_clients)
         planner = partial(
             plan_round,
             seed=args.seed,
@@ -208,6 +208,10 @@ class FederatedSketchTrainer(SFTTrainer):
             client_weighting=args.client_weighting,
         )
         self._plan = lru_cache(maxsize=4)(planner)
+
+    def _lay_out(self, block_size: int) -> None:
+        args = self.args
+        self.layout = Layout(self.cohort_size, args.local_steps, block_size, args.world_size, args.process_index)
 
     # ---- What users call ----
 
@@ -227,6 +231,8 @@ class FederatedSketchTrainer(SFTTrainer):
         try:
             agree(self._open_hub)
             checkpoint = agree(lambda: run.find_start(self, resume_from_checkpoint))
+            if self.args.per_device_train_clients == AUTO:
+                self._lay_out(agree(lambda: run.saved_block(checkpoint)) or self._fit_block())
             self._open_run()
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             ended = True
@@ -303,6 +309,11 @@ class FederatedSketchTrainer(SFTTrainer):
 
     # ---- The run ----
 
+    def _fit_block(self) -> int:
+        """The block that all processes can train, no larger than the number of waves needs it."""
+        largest = min(gather(fit_block(self)))
+        return replace(self.layout, block_size=largest).even_block
+
     def _open_run(self) -> None:
         args = self.args
         A, B = global_pair(self.model)
@@ -310,7 +321,7 @@ class FederatedSketchTrainer(SFTTrainer):
             for tensor in (*A.values(), *B.values()):
                 torch.distributed.broadcast(tensor.data, src=0)
         method = method_class(args.method)()
-        slots = min(args.per_device_train_clients, self.cohort_size)
+        slots = min(self.layout.block_size, self.cohort_size)
         stack = ClientStack(
             self.model, slots, int(self.client_ranks.max()), trains=method.trains, beside_global=method.beside_global
         )
@@ -528,7 +539,8 @@ class FederatedSketchTrainer(SFTTrainer):
         if method_class(self.args.method).folds:
             FoldedBase.of(self.model).save(folder / FOLDED_NAME)
         self.processing_class.save_pretrained(str(folder))
-        arguments = json.dumps(mask_tokens(self.args.to_dict()), indent=2, default=_plain)
+        values = {**mask_tokens(self.args.to_dict()), "per_device_train_clients": self.layout.block_size}
+        arguments = json.dumps(values, indent=2, default=_plain)
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -208,6 +208,13 @@ REFUSALS = [
     ({"num_rounds": 0}, "num_rounds to be at least 1, found 0: raise it."),
     ({"clients_per_round": -1}, "clients_per_round to be at least 1, found -1: raise it."),
     ({"per_device_train_clients": 0}, "per_device_train_clients to be at least 1, found 0: raise it."),
+    *(
+        (
+            {"per_device_train_clients": value},
+            f"per_device_train_clients to be a number of clients, or auto, found {value!r}: write one of these.",
+        )
+        for value in (None, "all", 1.5, True)
+    ),
     ({"min_examples": 0}, "min_examples to be at least 1, found 0: raise it."),
     ({"save_rounds": -1}, "save_rounds to be at least 0, found -1: raise it."),
     ({"eval_rounds": -1}, "eval_rounds to be at least 0, found -1: raise it."),

@@ -11,7 +11,7 @@ ROWS = [
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation", "feedback"},
     {"config", "updates", "adapter", "server", "head", "layout", "compression"},
-    {"loader", "engine", "checks", "recipe", "hub", "folding"},
+    {"loader", "engine", "block_size", "checks", "recipe", "hub", "folding"},
     {"run", "callbacks", "round_scores", "subjects"},
     {"trainer"},
     {"launch", "scoring"},

@@ -140,6 +140,30 @@ def test_a_run_leaves_an_adapter_for_the_unquantized_base(saved_base, tmp_path, 
         assert not torch.equal(loaded(input_ids=ids).logits, loaded.unload()(input_ids=ids).logits)
 
 
+def test_checkpointing_and_blocks_change_no_run_on_a_4_bit_base(saved_base, tmp_path):
+    ends = []
+    for block, checkpointing in ((1, False), (3, True), ("auto", True)):
+        federation = {"num_rounds": 2, "local_steps": 2, "client_ranks": [1, 2, 3, 4, 6]}
+        trainer = FederatedSketchTrainer(
+            model=str(saved_base),
+            args=FederatedSketchConfig(
+                output_dir=str(tmp_path / str(block)),
+                **{**QUIET, **SMALL, **federation, "activation_checkpointing": checkpointing},
+                per_device_train_clients=block,
+            ),
+            train_dataset=tiny.tokenised(),
+            processing_class=tiny.tokenizer(),
+            peft_config=tiny.lora_config(),
+            quantization_config=BitsAndBytesConfig(**KINDS["nf4"]),
+        )
+        start = reference.read_adapter(trainer.model)
+        trainer.train()
+        assert trainer.model.get_base_model().is_activation_checkpointing == checkpointing
+        ends.append(reference.read_adapter(trainer.model))
+    assert trainer.layout.block_size == 5 and reference.max_difference(start, ends[0]) > 1e-3
+    assert max(reference.max_difference(ends[0], end) for end in ends[1:]) < 1e-5
+
+
 def test_a_4_bit_base_is_scored_with_its_adapter(tmp_path):
     """Loaded as recipes/evaluate.py loads it; in batches as one by one, and not as without the adapter."""
     fitted(tiny.base_model(torch.float32)).save_pretrained(tmp_path)

@@ -322,6 +322,16 @@ def test_one_target_module_stays_a_list():
 # ---- the files under recipes/ ----
 
 
+@pytest.mark.parametrize("given, read", [("auto", "auto"), ("4", 4)])
+def test_clients_that_share_a_step_are_a_number_or_auto(tmp_path, given, read):
+    file = tmp_path / "recipe.yaml"
+    known = "model_name_or_path: m\nnum_clients: 2\nuse_cpu: true\nbf16: false\n"
+    file.write_text(f"{known}per_device_train_clients: {given}\n")
+    assert parse_recipe(TYPES, ["--config", str(file)])[1].per_device_train_clients == read
+    flags = ["--config", str(file), "--per_device_train_clients", given]
+    assert parse_recipe(TYPES, flags)[1].per_device_train_clients == read
+
+
 def load(file: Path):
     """A recipe as it is, but for bf16 where no GPU has it."""
     on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
