@@ -48,6 +48,7 @@ from .feedback import ErrorFeedback
 from .folding import FOLDED_NAME, FoldedBase
 from .head import add_scored_head
 from .hub.publisher import RoundPublisher, find_target
+from .joining import StepCost, keeps_rows_apart
 from .layout import Layout
 from .ledger import LEDGER_NAME, read_records
 from .loader import RoundBatches, RoundLoader
@@ -169,7 +170,9 @@ class FederatedSketchTrainer(SFTTrainer):
         for tensors, exact in zip(global_pair(self.model), given_pair, strict=False):
             for name, tensor in tensors.items():
                 tensor.data.copy_(exact[name])
-        add_scored_head(self.model.get_base_model())
+        base = self.model.get_base_model()
+        add_scored_head(base)
+        self._joining = StepCost.of(base) if keeps_rows_apart(base) else None
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoundProgressCallback())
         self._bind_callbacks()
@@ -370,6 +373,7 @@ class FederatedSketchTrainer(SFTTrainer):
             self.train_dataset.select_columns(["input_ids", "labels"]),
             RoundBatches(self._plan, self.layout, args.per_device_train_batch_size),
             self.data_collator,
+            self._joining,
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
@@ -416,8 +420,11 @@ class FederatedSketchTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Tokens that each client of the coming step is scored on, over all its micro-batches: `[clients]`."""
-        rows = self.args.per_device_train_batch_size
-        counts = [(b["labels"][:, 1:] != -100).sum(1).view(-1, rows).sum(1) for b in batch_samples if len(b["labels"])]
+        counts = [
+            (b["labels"][:, 1:] != -100).sum(1).view(int(b["clients"]), -1).sum(1)
+            for b in batch_samples
+            if len(b["labels"])
+        ]
         return sum(counts).to(device) if counts else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -425,13 +432,14 @@ class FederatedSketchTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         clients = len(num_items_in_batch)
         self._engine.stack.expect(inputs["input_ids"].numel())
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        fed = {name: value for name, value in inputs.items() if name not in ("clients", "tokens")}
+        outputs = model(**fed, use_cache=False, fused_lm_head=True)
         token_losses = -outputs.log_probs  # zero where nothing is scored
         if self.args.loss_type == "dft":
             token_losses = token_losses * outputs.log_probs.exp().detach()
         losses = token_losses.view(clients, -1).sum(1) / num_items_in_batch
         self._engine.record_loss(losses)
-        counts = outputs.entropy.sum(), outputs.is_top1.sum(), outputs.label_mask.sum(), inputs["attention_mask"].sum()
+        counts = outputs.entropy.sum(), outputs.is_top1.sum(), outputs.label_mask.sum(), inputs["tokens"]
         self._token_sums = self._token_sums.to(losses.device) + torch.stack([c.detach().double() for c in counts])
         return losses.sum()
 

@@ -10,7 +10,7 @@ ROWS = [
     {"draws", "settings", "ledger", "processes"},
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation", "feedback"},
-    {"config", "updates", "adapter", "server", "head", "layout", "compression"},
+    {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining"},
     {"loader", "engine", "block_size", "checks", "recipe", "hub", "folding"},
     {"run", "callbacks", "round_scores", "subjects"},
     {"trainer"},
