@@ -132,8 +132,7 @@ class FederatedSketchTrainer(SFTTrainer):
         problems = check_trainer_arguments(args, train_dataset, lora, eval_dataset, unsupported)
         raise_together([*check_round_callbacks(own or 1), *problems])
         raise_together(check_fold(args.method, quantization_config is not None))
-        given_ids = column_to_numpy(train_dataset, args.client_id_column)
-        given = ClientIndex.from_column(given_ids, args.client_id_column)
+        given = ClientIndex.from_column(column_to_numpy(train_dataset, args.client_id_column), args.client_id_column)
         self.client_ranks = run.ranks_of_clients(args, len(given), lora.r)
         raise_together(check_clients(args, len(given), self.client_ranks, lora.r))
         self.cohort_size = args.clients_per_round or len(given)
@@ -165,7 +164,7 @@ class FederatedSketchTrainer(SFTTrainer):
             )
         raise_together(check_layers(self.model, self.aux_loss_enabled, args.method))
         prepared_ids = column_to_numpy(self.train_dataset, args.client_id_column)
-        raise_together(check_prepared_rows(args, self.train_dataset, given_ids, prepared_ids))
+        raise_together(check_prepared_rows(args, self.train_dataset, given.ids, prepared_ids))
         widen_adapter(self.model)
         for tensors, exact in zip(global_pair(self.model), given_pair, strict=False):
             for name, tensor in tensors.items():
