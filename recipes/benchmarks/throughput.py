@@ -5,7 +5,8 @@
 
 Every measurement is a process of its own, so that its peak memory is its own; the variants take turns (A B C D,
 A B C D, ...), so that a machine whose speed drifts drifts for all. Clients have the full global rank: nothing is
-gained by training less. Ratios are of medians. Writes JSON, and a PNG beside it.
+gained by training less. Ratios are of medians. Noted beside the speed is which part of the device's matrix rate it is
+(matrix_rate.py). Writes JSON, and a PNG beside it.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from outputs import processor, write_result  # beside this file
+from matrix_rate import flops_per_token, matrix_rate  # beside this file
+from outputs import processor, write_result
 
 VARIANTS = {
     "sft": "SFTTrainer, one client's batch",
@@ -102,36 +104,37 @@ def make_tokenizer():
 
 def work(options: argparse.Namespace) -> dict:
     """Time the steps of one variant in this process."""
+    block = options.clients if options.worker in ("block", "sft_block") else 1
+    federated = {"clients_per_round": block} if options.worker in ("one", "block") else None
+    return time_steps(options, block, federated)
+
+
+def time_steps(options: argparse.Namespace, block: int, federated: dict | None) -> dict:
+    """Time local steps in this process.
+
+    Args:
+        options: `add_work_options`, and `clients`, `rank`, `steps` and `scored`.
+        block: the clients whose rows a step trains on.
+        federated: settings of FederatedSketchTrainer; None to time SFTTrainer on as many rows.
+    """
     import torch
     from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
 
-    class Clock(TrainerCallback):
-        def __init__(self):
-            self.ends = []
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if torch.cuda.is_available() and not args.use_cpu:
-                torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
-
-    clock, steps = Clock(), options.steps + 2
+    clock, steps = make_clock(), options.steps + 2
     model = load_model(options)
-    block = options.clients if options.worker in ("block", "sft_block") else 1
-    federated = options.worker in ("one", "block")
     with tempfile.TemporaryDirectory() as output_dir:
         shared = dict(output_dir=output_dir, use_cpu=options.cpu, bf16=False, activation_checkpointing=False,
                       report_to="none", disable_tqdm=True, logging_steps=1000, learning_rate=1e-4, max_length=None,
                       lr_scheduler_type="constant")  # fmt: skip
-        if federated:
+        if federated is not None:
             args = FederatedSketchConfig(
                 **shared,
+                **federated,
                 num_rounds=1,
                 local_steps=steps,
-                clients_per_round=block,
                 per_device_train_clients=block,
                 per_device_train_batch_size=options.batch_size,
                 save_rounds=0,
@@ -139,7 +142,7 @@ def work(options: argparse.Namespace) -> dict:
         else:
             batch = options.batch_size * block
             args = SFTConfig(**shared, max_steps=steps, per_device_train_batch_size=batch, save_strategy="no")
-        trainer = (FederatedSketchTrainer if federated else SFTTrainer)(
+        trainer = (SFTTrainer if federated is None else FederatedSketchTrainer)(
             model=model,
             args=args,
             train_dataset=make_rows(options, model.config.vocab_size),
@@ -150,15 +153,36 @@ def work(options: argparse.Namespace) -> dict:
         trainer.train()
     seconds = [later - earlier for earlier, later in zip(clock.ends[1:-1], clock.ends[2:], strict=True)]
     on_gpu = torch.cuda.is_available() and not options.cpu
+    # Before the matrix rate is measured, which takes memory of its own.
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ranks = [options.rank] if federated is None else [client.rank for client in trainer.round_plan(0).clients]
+    scored = options.completion if options.scored == "completion" else options.length - 1
     return {
         "tokens": block * options.batch_size * options.length,
         "seconds": seconds,
-        "peak_bytes": torch.cuda.max_memory_allocated()
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak,
+        "flops_per_token": flops_per_token(trainer.model, sum(ranks) / len(ranks), scored / options.length),
+        "matrix_rate": matrix_rate(getattr(torch, options.dtype), "cuda" if on_gpu else "cpu"),
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def make_clock():
+    """A callback that notes in `ends` when each step was done."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.ends = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if torch.cuda.is_available() and not args.use_cpu:
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+
+    return Clock()
 
 
 def run_worker(options: argparse.Namespace, variant: str, scored: str) -> dict:
@@ -170,15 +194,8 @@ def run_worker(options: argparse.Namespace, variant: str, scored: str) -> dict:
 
 
 def summarise(measured: dict[str, list[dict]]) -> dict[str, dict]:
-    """Median tokens per second and largest peak of each variant, and speed against SFTTrainer's."""
-    rows = {}
-    for variant, runs in measured.items():
-        speeds = [runs[0]["tokens"] / seconds for one in runs for seconds in one["seconds"]]
-        rows[variant] = {
-            "tokens_per_second": statistics.median(speeds),
-            "slowest_fastest": [min(speeds), max(speeds)],
-            "peak_gigabytes": max(one["peak_bytes"] for one in runs) / 1e9,
-        }
+    """What each variant measured (`figures`), and its speed and memory against SFTTrainer's."""
+    rows = {variant: figures(runs) for variant, runs in measured.items()}
     for variant, row in rows.items():
         row["against_sft"] = row["tokens_per_second"] / rows["sft"]["tokens_per_second"]
         whole = rows["sft_block"] if variant in ("block", "sft_block") else rows["sft"]
@@ -187,13 +204,29 @@ def summarise(measured: dict[str, list[dict]]) -> dict[str, dict]:
     return rows
 
 
+def figures(runs: list[dict]) -> dict:
+    """Median tokens per second over all steps of all runs, their range, the largest peak of memory, and the median
+    over runs of the part of the matrix rate."""
+    speeds = [one["tokens"] / seconds for one in runs for seconds in one["seconds"]]
+    parts = [
+        one["tokens"] / statistics.median(one["seconds"]) * one["flops_per_token"] / one["matrix_rate"] for one in runs
+    ]
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "slowest_fastest": [min(speeds), max(speeds)],
+        "peak_gigabytes": max(one["peak_bytes"] for one in runs) / 1e9,
+        "flops_per_token": runs[0]["flops_per_token"],
+        "part_of_matrix_rate": statistics.median(parts),
+    }
+
+
 def print_table(title: str, rows: dict[str, dict]) -> None:
     print(f"\n{title}")
-    print(f"{'':44}{'tokens/s':>10}{'vs SFT':>8}{'vs same batch':>15}{'peak GB':>9}")
+    print(f"{'':44}{'tokens/s':>10}{'vs SFT':>8}{'vs same batch':>15}{'peak GB':>9}{'of matmul':>11}")
     for variant, row in rows.items():
         print(
             f"{VARIANTS[variant]:44}{row['tokens_per_second']:10.0f}{row['against_sft']:8.2f}"
-            f"{row['against_sft_same_batch']:15.2f}{row['peak_gigabytes']:9.2f}"
+            f"{row['against_sft_same_batch']:15.2f}{row['peak_gigabytes']:9.2f}{row['part_of_matrix_rate']:11.1%}"
         )
 
 
