@@ -242,6 +242,25 @@ def test_keep_rounds_cuts_back_and_leaves_no_other_file(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new.jsonl", "none.jsonl", "rounds.jsonl"]
 
 
+def test_keep_rounds_copies_lines_without_parsing_them(tmp_path, monkeypatch):
+    path = make_ledger(tmp_path / "rounds.jsonl", 5)
+    lines = path.read_bytes().splitlines(keepends=True)
+    monkeypatch.setattr("fslora_hf.ledger.read_records", None)
+    monkeypatch.setattr("fslora_hf.ledger.json", None)
+    for rounds in (5, 4, 0):
+        assert keep_rounds(path, rounds) == rounds and path.read_bytes() == b"".join(lines[:rounds])
+
+
+def test_keep_rounds_reads_records_that_others_wrote(tmp_path):
+    """Another order of keys, no space, and a whole last line without its end."""
+    path = tmp_path / "rounds.jsonl"
+    path.write_text('{"loss": 1.0, "round": 0}\n{"round":1}\n{"round": 2}')
+    assert keep_rounds(path, 3) == 3
+    append_round(path, {"round": 3})
+    assert [record["round"] for record in read_records(path)] == [0, 1, 2, 3]
+    assert keep_rounds(path, 1) == 1 and read_records(path) == [{"loss": 1.0, "round": 0}]
+
+
 def test_keep_rounds_replaces_in_one_step(tmp_path, monkeypatch):
     path = make_ledger(tmp_path / "rounds.jsonl", 5)
     before = path.read_text()
