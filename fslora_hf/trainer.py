@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -243,6 +244,7 @@ class FederatedSketchTrainer(SFTTrainer):
             if self._engine is not None:
                 self._engine.stack.detach()
                 self._engine = None
+                self._ahead.shutdown()
             if self.publisher is not None:
                 self.publisher.close(wait=ended)
 
@@ -275,6 +277,8 @@ class FederatedSketchTrainer(SFTTrainer):
         # Dropout's numbers depend on the round and the process alone, so that a resumed round draws them anew.
         torch.manual_seed(seed_from(self.args.seed, "dropout", round, self.args.process_index))
         self._engine.begin_round(round)
+        if round + 1 < self.args.num_rounds:
+            self._ahead.submit(self._plan, round + 1)  # while this round trains
 
     def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
         """Load this process's clients of a wave and clear the local optimizer's state."""
@@ -348,6 +352,7 @@ class FederatedSketchTrainer(SFTTrainer):
             sum_over_processes=torch.distributed.all_reduce if args.world_size > 1 else lambda tensor: None,
             gather=gather_object if args.world_size > 1 else lambda objects: objects,
         )
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self.optimizer = None  # one of an earlier call would hold parameters that are gone
         self.rounds_done, self._bytes_up = 0, 0
         if self.publisher is not None:

@@ -1,5 +1,8 @@
 """The trainer as its user sees it: logs, evaluation, saves, callbacks, early stops, and what a run leaves behind."""
 
+import functools
+import threading
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -257,6 +260,28 @@ def test_a_round_callback_takes_the_built_ins_place(tmp_path, given):
     by_rank = [[c.client_id for c in sorted(trainer.round_plan(t).clients, key=lambda c: c.rank)] for t in (0, 1)]
     assert [c for block in used.blocks for c in block] == by_rank[0] + by_rank[1]
     assert reference.max_difference(end, train_and_read(make(tmp_path / "b", per_device_train_clients=2))) == 0
+
+
+def test_the_next_round_is_planned_while_this_one_trains(tmp_path):
+    """The first is asked for at once; all others were planned, once, by the time they are needed."""
+    planned = []
+
+    class Waiting(RoundCallback):
+        def aggregate(self):
+            self.trainer._ahead.submit(int).result(30)  # behind the plan, in the same thread
+            return super().aggregate()
+
+    trainer = make(tmp_path, callbacks=[Waiting], num_rounds=3)
+    plan = trainer._plan.__wrapped__
+
+    def watched(round):
+        planned.append((round, threading.current_thread().name.split("_")[0]))
+        return plan(round)
+
+    trainer._plan = functools.lru_cache(4)(watched)
+    trainer.train()
+    assert planned == [(0, "MainThread"), (1, "plan"), (2, "plan")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("plan")]
 
 
 def test_two_round_callbacks_are_refused(tmp_path):

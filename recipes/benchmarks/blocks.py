@@ -4,11 +4,11 @@
     python recipes/benchmarks/blocks.py --model llama3.2-3b --dtype bfloat16 --length 256 --with_sft
 
 A federation of as many clients as the largest block; a round's cohort is one block, drawn by the plan. Clients have
-the full global rank (`full`), or ranks spread evenly from 1 to it (`mixed`); the stack of adapters is as wide as the
-highest rank of any client. Every measurement is a process of its own, so that its peak memory is its own, and the
-blocks take turns, so that a machine whose speed drifts drifts for all; medians. `--with_sft` measures plain SFTTrainer
-beside them, given all rows of the block at once. The last column is the part of the device's matrix rate that the
-operations of a step come to (formula: matrix_rate.py). Writes JSON, and a PNG beside it.
+the full global rank (`full`), or ranks spread evenly from 1 to it (`mixed`); a block is as wide as the highest rank in
+it, and here it is the whole round. Every measurement is a process of its own, so that its peak memory is its own, and
+the blocks take turns, so that a machine whose speed drifts drifts for all; medians. `--with_sft` measures plain
+SFTTrainer beside them, given all rows of the block at once. The last column is the part of the device's matrix rate
+that the operations of a step come to (formula: matrix_rate.py). Writes JSON, and a PNG beside it.
 """
 
 import argparse
