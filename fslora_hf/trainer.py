@@ -172,7 +172,9 @@ class FederatedSketchTrainer(SFTTrainer):
                 tensor.data.copy_(exact[name])
         base = self.model.get_base_model()
         add_scored_head(base)
-        self._joining = StepCost.of(base) if keeps_rows_apart(base) else None
+        # NEFTune's noise is measured by the length of sequences, which joining changes.
+        joins = args.neftune_noise_alpha is None and keeps_rows_apart(base)
+        self._joining = StepCost.of(base) if joins else None
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoundProgressCallback())
         self._bind_callbacks()

@@ -6,6 +6,7 @@ import sys
 import blocks
 import matrix_rate
 import pytest
+import step_rows
 import throughput
 import torch
 from peft import get_peft_model
@@ -21,15 +22,21 @@ def parse(monkeypatch, arguments: str):
 
 
 def run(tokens: int, seconds: list[float], peak: float) -> dict:
-    return {"tokens": tokens, "seconds": seconds, "peak_bytes": peak, "flops_per_token": 50.0, "matrix_rate": 1e4}
+    return {
+        "tokens": [tokens] * len(seconds),
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "flops_per_token": 50.0,
+        "matrix_rate": 1e4,
+    }
 
 
 def test_figures_are_medians_of_steps_and_the_largest_peak():
-    """100, 50 and 25 tokens a second, where the matrix rate allows 200. Steps of 2 s and 4 s have the median 3 s."""
+    """100, 50 and 25 tokens a second, where the matrix rate allows 200; 50 and 25 have the median 37.5."""
     row = throughput.figures([run(100, [2.0, 4.0], 3e9), run(100, [1.0], 5e9)])
     assert row["tokens_per_second"] == 50.0 and row["slowest_fastest"] == [25.0, 100.0]
     assert row["peak_gigabytes"] == 5.0 and row["flops_per_token"] == 50.0
-    assert row["part_of_matrix_rate"] == pytest.approx((100 / 3 / 200 + 100 / 200) / 2)
+    assert row["part_of_matrix_rate"] == pytest.approx((37.5 / 200 + 100 / 200) / 2)
 
 
 def test_blocks_are_held_against_the_smallest_and_against_sft():
@@ -128,3 +135,26 @@ def test_options_that_cannot_be_measured_with_are_told(monkeypatch, capsys, argu
     with pytest.raises(SystemExit):
         parse(monkeypatch, arguments)
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("federated", [None, {"clients_per_round": 2}], ids=["SFTTrainer", "federated"])
+def test_steps_on_rows_of_their_own_lengths_count_their_tokens(tmp_path, monkeypatch, federated):
+    """One test for both: as many tokens as the rows of each step have, padding left out."""
+    tiny.base_model(torch.float32).save_pretrained(tmp_path / "model")
+    words = tiny.tokenizer()
+    words.save_pretrained(tmp_path / "model")
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for number in range(40):
+            row = {"prompt": "w1 " * (1 + number % 7), "completion": "w2 w3"}
+            file.write(json.dumps(row) + "\n")
+    options = parse(monkeypatch, f"{SMALL} --model {tmp_path / 'model'} --rows {tmp_path / 'rows.jsonl'} --steps 3")
+    monkeypatch.setattr(throughput, "matrix_rate", lambda dtype, device: 1.0)
+    batches, collate = [], step_rows.CountingCollator.__call__
+
+    def watched(self, rows):
+        batches.append(sum(len(row["input_ids"]) for row in rows))
+        return collate(self, rows)
+
+    monkeypatch.setattr(step_rows.CountingCollator, "__call__", watched)
+    found = throughput.time_steps(options, 2, federated)
+    assert len(found["seconds"]) == 3 and found["tokens"] == batches[2:5] and len(set(batches)) > 1

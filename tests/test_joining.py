@@ -160,6 +160,7 @@ def test_a_run_is_the_same_with_and_without_joining(tmp_path, monkeypatch, block
 
 
 def test_the_trainer_asks_its_own_model(tmp_path):
+    assert build(tmp_path, {"neftune_noise_alpha": 5.0})._joining is None
     trainer = build(tmp_path, {})
     assert trainer._joining.pair == StepCost.of(tiny.base_model(torch.float64)).pair
     adapters = sum(tensor.numel() for side in global_pair(trainer.model) for tensor in side.values())

@@ -30,14 +30,14 @@ def write_result(
     """Write `options.output`, a JSON file, making its folder; returns what it holds.
 
     Args:
-        options: of the command line; all but `output`, `worker` and those `hidden` become the settings, a model's
-            folder as its name.
+        options: of the command line; all but `output`, `worker` and those `hidden` become the settings, folders of
+            a model or of rows as their names.
         packages: whose versions are noted, beside Python's.
         more: further parts of the file.
     """
     settings = {key: value for key, value in vars(options).items() if key not in ("output", "worker", *hidden)}
-    if "model" in settings:
-        settings["model"] = Path(settings["model"]).name
+    for name in settings.keys() & {"model", "rows"}:
+        settings[name] = Path(settings[name]).name
     versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
     result = {"settings": settings, "results": results, **more, "versions": versions}
     output = Path(options.output)

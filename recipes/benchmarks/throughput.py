@@ -2,10 +2,12 @@
 
     python recipes/benchmarks/throughput.py --model ~/.cache/fslora_hf/SmolLM2-135M-Instruct --cpu
     python recipes/benchmarks/throughput.py --model llama3.2-3b --dtype bfloat16 --length 256 --clients 10
+    python recipes/benchmarks/throughput.py --model FOLDER --rows FOLDER_OF_ROWS --cpu
 
 Every measurement is a process of its own, so that its peak memory is its own; the variants take turns (A B C D,
 A B C D, ...), so that a machine whose speed drifts drifts for all. Clients have the full global rank: nothing is
-gained by training less. Ratios are of medians. Noted beside the speed is which part of the device's matrix rate it is
+gained by training less. Random rows have one length; those of `--rows` have their own, and padding is not counted as
+tokens. Ratios are of medians. Noted beside the speed is which part of the device's matrix rate it is
 (matrix_rate.py). Writes JSON, and a PNG beside it.
 """
 
@@ -21,6 +23,7 @@ from pathlib import Path
 
 from matrix_rate import flops_per_token, matrix_rate  # beside this file
 from outputs import processor, write_result
+from step_rows import RANDOM, CountingCollator, add_row_options, rows_and_tokenizer
 
 VARIANTS = {
     "sft": "SFTTrainer, one client's batch",
@@ -48,8 +51,7 @@ def add_work_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--batch_size", type=int, default=batch_size, help="rows of one client in a step")
-    parser.add_argument("--length", type=int, default=96, help="tokens of a row")
-    parser.add_argument("--completion", type=int, default=8, help="tokens scored with loss on completions")
+    add_row_options(parser)
 
 
 def parse() -> argparse.Namespace:
@@ -78,30 +80,6 @@ def load_model(options: argparse.Namespace):
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
 
 
-def make_rows(options: argparse.Namespace, vocabulary: int):
-    """Random tokens: how fast a step is does not depend on which they are."""
-    import numpy as np
-    from datasets import Dataset
-
-    rows = options.clients * options.batch_size * 4
-    tokens = np.random.default_rng(0).integers(10, vocabulary, (rows, options.length))
-    labels = tokens.copy()
-    if options.scored == "completion":
-        labels[:, : -options.completion] = -100
-    owners = np.arange(rows) % options.clients
-    columns = {"input_ids": tokens.tolist(), "labels": labels.tolist(), "client_id": owners.tolist()}
-    return Dataset.from_dict(columns)
-
-
-def make_tokenizer():
-    """A tokenizer for the trainers' constructors; the rows are tokens already."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-
-
 def work(options: argparse.Namespace) -> dict:
     """Time the steps of one variant in this process."""
     block = options.clients if options.worker in ("block", "sft_block") else 1
@@ -125,10 +103,13 @@ def time_steps(options: argparse.Namespace, block: int, federated: dict | None) 
 
     clock, steps = make_clock(), options.steps + 2
     model = load_model(options)
+    rows, tokenizer = rows_and_tokenizer(options, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as output_dir:
         shared = dict(output_dir=output_dir, use_cpu=options.cpu, bf16=False, activation_checkpointing=False,
                       report_to="none", disable_tqdm=True, logging_steps=1000, learning_rate=1e-4, max_length=None,
                       lr_scheduler_type="constant")  # fmt: skip
+        if options.rows != RANDOM:
+            shared["completion_only_loss"] = options.scored == "completion"
         if federated is not None:
             args = FederatedSketchConfig(
                 **shared,
@@ -145,23 +126,25 @@ def time_steps(options: argparse.Namespace, block: int, federated: dict | None) 
         trainer = (SFTTrainer if federated is None else FederatedSketchTrainer)(
             model=model,
             args=args,
-            train_dataset=make_rows(options, model.config.vocab_size),
-            processing_class=make_tokenizer(),
+            train_dataset=rows,
+            processing_class=tokenizer,
             peft_config=LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS),
             callbacks=[clock],
         )
+        trainer.data_collator = seen = CountingCollator(trainer.data_collator)
         trainer.train()
     seconds = [later - earlier for earlier, later in zip(clock.ends[1:-1], clock.ends[2:], strict=True)]
     on_gpu = torch.cuda.is_available() and not options.cpu
     # Before the matrix rate is measured, which takes memory of its own.
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     ranks = [options.rank] if federated is None else [client.rank for client in trainer.round_plan(0).clients]
-    scored = options.completion if options.scored == "completion" else options.length - 1
     return {
-        "tokens": block * options.batch_size * options.length,
+        "tokens": seen.tokens[2:steps],
         "seconds": seconds,
         "peak_bytes": peak,
-        "flops_per_token": flops_per_token(trainer.model, sum(ranks) / len(ranks), scored / options.length),
+        "flops_per_token": flops_per_token(
+            trainer.model, sum(ranks) / len(ranks), sum(seen.scored) / sum(seen.tokens)
+        ),
         "matrix_rate": matrix_rate(getattr(torch, options.dtype), "cuda" if on_gpu else "cpu"),
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": torch.get_num_threads(),
@@ -207,9 +190,11 @@ def summarise(measured: dict[str, list[dict]]) -> dict[str, dict]:
 def figures(runs: list[dict]) -> dict:
     """Median tokens per second over all steps of all runs, their range, the largest peak of memory, and the median
     over runs of the part of the matrix rate."""
-    speeds = [one["tokens"] / seconds for one in runs for seconds in one["seconds"]]
+    steps = [[n / seconds for n, seconds in zip(one["tokens"], one["seconds"], strict=True)] for one in runs]
+    speeds = [speed for one in steps for speed in one]
     parts = [
-        one["tokens"] / statistics.median(one["seconds"]) * one["flops_per_token"] / one["matrix_rate"] for one in runs
+        statistics.median(speeds) * one["flops_per_token"] / one["matrix_rate"]
+        for one, speeds in zip(runs, steps, strict=True)
     ]
     return {
         "tokens_per_second": statistics.median(speeds),
