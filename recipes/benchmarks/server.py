@@ -16,11 +16,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from outputs import processor, write_result  # beside this file
+from process_memory import forget_peak, memory
 
 LAYERS = 28
 SHAPES = {  # in, out
@@ -90,16 +90,6 @@ def work(name: str, client_rank: int, options: argparse.Namespace) -> dict:
     # The change is an adapter itself, held twice: the optimizer takes its negative for a gradient.
     own = 0 if method.folds else 2 * sum(t.numel() * t.element_size() for side in change for t in side.values())
     return {"seconds": seconds, "bytes": max(0, held - own)}
-
-
-def memory(field: str) -> int:
-    """Bytes of this process, by a field of Linux's /proc/self/status."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split(f"{field}:")[1].split()[0]) * 1024
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def run_worker(name: str, client_rank: int) -> dict:
