@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from outputs import write_result  # beside this file
+from step_rows import add_rows_option
 from throughput import LOSSES, PACKAGES, add_work_options, figures, time_steps
 
 LAWS = {"full": "all clients at full rank", "mixed": "ranks from 1 to it", "sft": "SFTTrainer, the whole batch"}
@@ -27,6 +28,7 @@ LAWS = {"full": "all clients at full rank", "mixed": "ranks from 1 to it", "sft"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_work_options(parser, batch_size=2)
+    add_rows_option(parser)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="clients of a step")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a process, after two that are not timed")

@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from outputs import processor, write_result  # beside this file
-from step_rows import rows_and_tokenizer
+from step_rows import make_rows, make_tokenizer
 from throughput import PACKAGES, TARGETS, add_work_options, load_model
 
 TOKEN = "hf_benchmark"  # of the tests' Hub
@@ -90,12 +90,11 @@ def work(options: argparse.Namespace) -> None:
         hub_model_id="user/run",
         hub_token=TOKEN,
     )
-    rows, tokenizer = rows_and_tokenizer(options, model.config.vocab_size)
     trainer = FederatedSketchTrainer(
         model=model,
         args=args,
-        train_dataset=rows,
-        processing_class=tokenizer,
+        train_dataset=make_rows(options, model.config.vocab_size),
+        processing_class=make_tokenizer(),
         peft_config=LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS),
         callbacks=[Clock()],
     )

@@ -35,7 +35,8 @@ import time
 from pathlib import Path
 
 from outputs import processor, write_result  # beside this file
-from throughput import LOSSES, PACKAGES, TARGETS, add_work_options, load_model, make_rows, make_tokenizer
+from step_rows import make_rows, make_tokenizer
+from throughput import LOSSES, PACKAGES, TARGETS, add_work_options, load_model
 
 WAYS = {
     "ours_one": "FederatedSketchTrainer, one client a step",

@@ -5,15 +5,13 @@ import argparse
 RANDOM = "random"
 
 
-def add_row_options(parser: argparse.ArgumentParser) -> None:
+def add_rows_option(parser: argparse.ArgumentParser) -> None:
     """Which rows; beside `--model`, `--batch_size` and `--clients`."""
-    parser.add_argument("--length", type=int, default=96, help="tokens of a random row")
-    parser.add_argument("--completion", type=int, default=8, help="tokens of it scored with loss on completions")
     parser.add_argument(
         "--rows",
         default=RANDOM,
-        help="miniature, or a folder of rows, as recipes take them, in place of random tokens; lengths are then the "
-        "rows' own, and --model must be a folder with a tokenizer",
+        help="miniature, or a folder of rows, as recipes take them, in place of random tokens; their lengths are then "
+        "their own, and --model must be a folder with a tokenizer",
     )
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from matrix_rate import flops_per_token, matrix_rate  # beside this file
 from outputs import processor, write_result
-from step_rows import RANDOM, CountingCollator, add_row_options, rows_and_tokenizer
+from step_rows import RANDOM, CountingCollator, add_rows_option, rows_and_tokenizer
 
 VARIANTS = {
     "sft": "SFTTrainer, one client's batch",
@@ -51,12 +51,14 @@ def add_work_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--batch_size", type=int, default=batch_size, help="rows of one client in a step")
-    add_row_options(parser)
+    parser.add_argument("--length", type=int, default=96, help="tokens of a random row")
+    parser.add_argument("--completion", type=int, default=8, help="tokens of it scored with loss on completions")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_work_options(parser, batch_size=4)
+    add_rows_option(parser)
     parser.add_argument("--clients", type=int, default=4, help="clients in a block")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a process, after two that are not timed")
