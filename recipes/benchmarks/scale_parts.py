@@ -15,8 +15,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from server import LAYERS, SHAPES, forget_peak, memory  # beside this file
-from throughput import make_tokenizer
+from process_memory import forget_peak, memory  # beside this file
+from server import LAYERS, SHAPES
+from step_rows import make_tokenizer
 
 from fslora_hf.clients import ClientIndex, client_ranks
 from fslora_hf.plan import RoundPlan, plan_round
