@@ -50,8 +50,8 @@ def join_rows(batch: dict[str, torch.Tensor], clients: int, cost: StepCost) -> d
 
     Returns:
         `[clients * sequences, length]`, client by client, with `position_ids` that begin again at each row in place of
-        `attention_mask`. What follows the last row of a sequence is a row of zeros without labels. The first token of
-        a row has no label, since what is before it does not predict it.
+        `attention_mask`. What follows the last row of a sequence is a row of the batch's padding, without labels. The
+        first token of a row has no label, since what is before it does not predict it.
     """
     if set(batch) != JOINABLE or not len(batch["labels"]):
         return batch
@@ -87,7 +87,8 @@ def _deal(lengths: Sequence[int], sequences: int) -> list[list[int]]:
 
 def _lay_end_to_end(batch, real, lengths, order, longest) -> dict[str, torch.Tensor]:
     shape = len(order), longest
-    joined = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, -100)}
+    padding = int(batch["input_ids"][~real][0])  # there is some, or nothing would be saved
+    joined = {"input_ids": torch.full(shape, padding), "labels": torch.full(shape, -100)}
     joined["position_ids"] = torch.zeros(shape, dtype=torch.int64)
     for sequence, rows in enumerate(order):
         end = 0

@@ -41,7 +41,7 @@ def make_model(config):
 
 
 def make_batch(lengths: list[int], left: bool = False) -> dict[str, torch.Tensor]:
-    """Rows of random tokens; the first third of each has no label."""
+    """Rows of random tokens, padded with 1; the first third of each has no label."""
     longest, generator = max(lengths), torch.Generator().manual_seed(len(lengths))
     batch = {"input_ids": torch.full((len(lengths), longest), 1), "attention_mask": torch.zeros(len(lengths), longest)}
     batch["attention_mask"] = batch["attention_mask"].long()
@@ -73,7 +73,7 @@ def rows_of(batch: dict[str, torch.Tensor], clients: int) -> list[set]:
                 pieces = [(ids[a:b], labels[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
                 for a, b in zip(starts, starts[1:], strict=False):
                     assert torch.equal(batch["position_ids"][row, a:b], torch.arange(b - a)) and labels[a] == -100
-            rows |= {(tuple(i.tolist()), tuple(t.tolist()[1:])) for i, t in pieces if i.any()}
+            rows |= {(tuple(i.tolist()), tuple(t.tolist()[1:])) for i, t in pieces if (i != 1).any()}
         found.append(rows)
     return found
 
@@ -86,6 +86,7 @@ def test_nothing_but_padding_is_lost(clients, lengths, left):
     assert set(joined) == {"input_ids", "labels", "position_ids"}
     assert rows_of(joined, clients) == rows_of(batch, clients) and all(rows_of(batch, clients))
     rows = len(lengths) // clients
+    assert (joined["input_ids"] != 1).sum() == sum(lengths)
     whole = max(sum(lengths[first : first + rows]) for first in range(0, len(lengths), rows))
     assert joined["input_ids"].numel() <= clients * whole
 
