@@ -100,15 +100,15 @@ def largest_block(peak: Callable[[int], float | None], room: float, most: int, l
     client counts all that it took as such a part, so that it is rather too low, but two clients are tried if twice as
     much is within `limit`; later guesses follow the last two sizes.
     """
-    fits, fails, taken_by = 0, most + 1, {0: 0.0}
+    fits, fits_in, fails = 0, 0.0, most + 1
     guess = 1
     while fits < guess < fails:
         taken = peak(guess)
         if taken is None or taken > room:
             fails, guess = guess, (fits + guess) // 2
             continue
-        a_client = max(1.0, (taken - taken_by[fits]) / (guess - fits))
-        fits, taken_by = guess, {**taken_by, guess: taken}
+        a_client = max(1.0, (taken - fits_in) / (guess - fits))
+        fits, fits_in = guess, taken
         further = int((room - taken) / a_client)
         if fits == 1 and 2 * taken <= limit:
             further = max(1, further)
@@ -126,12 +126,13 @@ def fit_block(trainer: "FederatedSketchTrainer", meter: Meter | None = None) -> 
     taken: dict[int, float | None] = {}
 
     def peak(clients: int) -> float | None:
-        taken[clients] = meter.peak(partial(take_step, trainer, clients))
+        taken[clients] = meter.peak(partial(take_step, trainer, clients, longest))
         return taken[clients]
 
     if trainer.args.activation_checkpointing:
         _checkpoint_activations(trainer)
     most = -(-trainer.cohort_size // trainer.args.world_size)
+    longest = longest_rows(trainer.train_dataset, most * trainer.args.per_device_train_batch_size)
     block = largest_block(peak, meter.room, most, meter.limit)
     if block == 0:
         found = "more than that" if taken[1] is None else f"{taken[1] / 1e9:.2f} GB"
@@ -144,16 +145,16 @@ def fit_block(trainer: "FederatedSketchTrainer", meter: Meter | None = None) -> 
     return block
 
 
-def take_step(trainer: "FederatedSketchTrainer", clients: int) -> None:
-    """What a local step of a block computes and holds, with clients that are all zero and of the largest rank; the
-    model is left as it was."""
+def take_step(trainer: "FederatedSketchTrainer", clients: int, longest: list[dict]) -> None:
+    """What a local step of a block computes and holds, on the first of the `longest` rows, with clients that are all
+    zero and of the largest rank; the model is left as it was."""
     args, model, rank = trainer.args, trainer.model, int(trainer.client_ranks.max())
     method = method_class(args.method)
     stack = ClientStack(model, clients, rank, trains=method.trains, beside_global=method.beside_global)
     stack.attach()
     try:
         stack.load([_blank(*global_pair(model), rank) for _ in range(clients)])
-        rows = trainer.data_collator(longest_rows(trainer.train_dataset, clients * args.per_device_train_batch_size))
+        rows = trainer.data_collator(longest[: clients * args.per_device_train_batch_size])
         inputs = {name: tensor.to(args.device) for name, tensor in rows.items()}
         stack.expect(inputs["input_ids"].numel())
         model.train()

@@ -24,7 +24,7 @@ class FakeMeter:
         self.room, self.limit, self.sizes = room, math.inf, []
 
     def peak(self, step) -> float:
-        _, clients = step.args
+        _, clients, _ = step.args
         self.sizes.append(clients)
         step()
         return 100.0 + 10 * clients

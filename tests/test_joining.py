@@ -1,5 +1,7 @@
 """Rows of a client joined in sequences: nothing but padding is lost, and each row sees only itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -141,6 +143,26 @@ def test_models_that_mix_joined_rows_are_told():
     assert not keeps_rows_apart(deaf)
     half = make_model(LlamaConfig(**SIZE)).to(torch.bfloat16)
     assert keeps_rows_apart(half)
+
+
+class Shifted(torch.nn.Module):
+    """Hidden states of tokens alone, shifted by `joined` in rows told to be apart and by `mixed` in rows that are not."""
+
+    def __init__(self, joined: float, mixed: float):
+        super().__init__()
+        self.words, self.joined, self.mixed = torch.nn.Embedding(64, 8), joined, mixed
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def base_model(self, input_ids, position_ids=None, use_cache=False):
+        shift = 0.0 if len(input_ids) == 1 else self.mixed if position_ids is None else self.joined
+        return SimpleNamespace(last_hidden_state=self.words(input_ids) + shift)
+
+
+@pytest.mark.parametrize("joined, mixed, apart", [(1e-6, 1.0, True), (1e-2, 1.0, False), (1e-6, 1e-6, False)])
+def test_what_joining_changes_must_be_rounding_and_less_than_mixing_does(joined, mixed, apart):
+    assert keeps_rows_apart(Shifted(joined, mixed)) == apart
 
 
 @pytest.mark.parametrize("block", [1, 3])

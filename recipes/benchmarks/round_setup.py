@@ -16,11 +16,11 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fslora_hf.adapter import PEFT_PREFIX
 from fslora_hf.clients import ClientIndex
 from fslora_hf.plan import RoundPlan, plan_round
 
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
-PREFIX = "base_model.model."  # what PEFT puts before a module's name
 SEED = 0
 # What every way asks of its trainer, beyond a Setup's own. SFTTrainer recomputes activations unless told not to.
 QUIET = dict(bf16=False, activation_checkpointing=False, report_to="none", disable_tqdm=True, logging_steps=1000,
@@ -122,14 +122,14 @@ def with_adapter(base: PreTrainedModel, lora: LoraConfig, adapter: Adapter) -> P
 
 
 def write_adapter(model: PeftModel, adapter: Adapter) -> None:
-    state = {f"{PREFIX}{name}.lora_{side}.weight": half
+    state = {f"{PEFT_PREFIX}{name}.lora_{side}.weight": half
              for name, pair in adapter.items() for side, half in zip("AB", pair, strict=True)}  # fmt: skip
     set_peft_model_state_dict(model, state)
 
 
 def read_adapter(model: PeftModel) -> Adapter:
     """A copy of the adapter `default`."""
-    state = {name.removeprefix(PREFIX): half.clone() for name, half in get_peft_model_state_dict(model).items()}
+    state = {name.removeprefix(PEFT_PREFIX): half.clone() for name, half in get_peft_model_state_dict(model).items()}
     names = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
     return {name: (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]) for name in names}
 

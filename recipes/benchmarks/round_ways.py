@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from peft import PeftModel
 from round_setup import (  # beside this file
-    PREFIX,
     Adapter,
     Clock,
     Setup,
@@ -31,6 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
+from fslora_hf.adapter import PEFT_PREFIX
 from fslora_hf.callbacks import RoundCallback
 from fslora_hf.plan import ClientPlan
 
@@ -139,7 +139,7 @@ def _train_masked(setup: Setup, model: PeftModel, client: ClientPlan, learning_r
         for name, parameter in trained.items():
             parameter.div_(factor[name].clamp(min=1.0))  # where it is zero, nothing is kept
     after = read_adapter(model)
-    names = {module: [f"{PREFIX}{module}.lora_{side}.default.weight" for side in "AB"] for module in before}
+    names = {module: [f"{PEFT_PREFIX}{module}.lora_{side}.default.weight" for side in "AB"] for module in before}
     return {
         module: tuple(kept[n] * (new - old) for n, new, old in zip(names[module], after[module], pair, strict=True))
         for module, pair in before.items()
@@ -151,7 +151,7 @@ def _masks(setup: Setup, model: PeftModel, client: ClientPlan) -> tuple[dict[str
     they are scaled by (r / k or 0 in B, else 1)."""
     kept, factor = ({name: torch.ones_like(p) for name, p in model.named_parameters()} for _ in range(2))
     for module in setup.start:
-        A, B = (f"{PREFIX}{module}.lora_{side}.default.weight" for side in "AB")
+        A, B = (f"{PEFT_PREFIX}{module}.lora_{side}.default.weight" for side in "AB")
         chosen = kept[A].new_zeros(setup.lora.r)
         chosen[torch.as_tensor(client.sketch(module), device=chosen.device)] = 1.0
         kept[A].mul_(chosen.unsqueeze(1))
