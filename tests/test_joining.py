@@ -146,7 +146,7 @@ def test_models_that_mix_joined_rows_are_told():
 
 
 class Shifted(torch.nn.Module):
-    """Hidden states of tokens alone, shifted by `joined` in rows told to be apart and by `mixed` in rows that are not."""
+    """Hidden states of tokens alone, shifted by `joined` in rows told to be apart, by `mixed` in others together."""
 
     def __init__(self, joined: float, mixed: float):
         super().__init__()
