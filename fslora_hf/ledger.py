@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,31 +49,47 @@ def append_round(path: str | Path, record: dict[str, Any]) -> None:
 def keep_rounds(path: str | Path, rounds: int, source: str | Path | None = None) -> int:
     """Cut the ledger back to its first `rounds` rounds, as a resumed run needs it; returns how many it then holds.
 
-    The rounds are read from `source` if given (a run that is taken up in another folder). The new file replaces the
-    old one in one step, so that a crash leaves one or the other. Lines are told by their ends and copied as they are:
-    parsing those of ten thousand rounds would take longer than all else in resuming.
+    The rounds are read from `source` if given (a run that is taken up in another folder). A crash leaves the old
+    ledger or the new one. Lines are told by their ends and left as they are: to parse those of ten thousand rounds, or
+    to write them again, would take longer than all else in resuming.
     """
     source = Path(source or path)
-    numbers = _numbers(source) if source.exists() else []
-    if numbers is None:  # torn, damaged, or written by somebody else
+    if not source.exists():
+        return _replace(path, ())
+    ends = _ends(source)
+    if ends is None:  # torn, damaged, or written by somebody else
         records = [record for record in read_records(source) if record["round"] < rounds]
         return _replace(path, (json.dumps(record, allow_nan=False).encode() + b"\n" for record in records))
-    if not numbers:
-        return _replace(path, ())
-    with open(source, "rb") as lines:
-        return _replace(path, (line for line, number in zip(lines, numbers, strict=True) if number < rounds))
+    kept = [end for round, end in ends.items() if round < rounds]
+    if source == Path(path):
+        _cut(path, max(kept, default=0))
+    else:
+        with open(source, "rb") as lines:
+            _replace(path, islice(lines, len(kept)))
+    return len(kept)
 
 
-def _numbers(path: Path) -> list[int] | None:
-    """The round of every line, None unless all lines look whole and as `append_round` writes them."""
-    numbers = []
+def _ends(path: Path) -> dict[int, int] | None:
+    """Where the line of each round ends, None unless all lines look whole and as `append_round` writes them, their
+    rounds ascending."""
+    ends: dict[int, int] = {}
+    last, end = -1, 0
     with open(path, "rb") as lines:
         for line in lines:
             head = _HEAD.match(line)
-            if head is None or not line.endswith(b"}\n"):
+            if head is None or not line.endswith(b"}\n") or int(head[1]) <= last:
                 return None
-            numbers.append(int(head[1]))
-    return numbers
+            last, end = int(head[1]), end + len(line)
+            ends[last] = end
+    return ends
+
+
+def _cut(path: str | Path, size: int) -> None:
+    """Leave a file's first `size` bytes; one that has no more is not touched."""
+    if size < os.path.getsize(path):
+        with open(path, "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
 
 
 def _replace(path: str | Path, lines: Iterable[bytes]) -> int:

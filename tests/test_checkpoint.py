@@ -242,13 +242,28 @@ def test_keep_rounds_cuts_back_and_leaves_no_other_file(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new.jsonl", "none.jsonl", "rounds.jsonl"]
 
 
-def test_keep_rounds_copies_lines_without_parsing_them(tmp_path, monkeypatch):
+def test_keep_rounds_cuts_lines_without_parsing_them(tmp_path, monkeypatch):
     path = make_ledger(tmp_path / "rounds.jsonl", 5)
     lines = path.read_bytes().splitlines(keepends=True)
     monkeypatch.setattr("fslora_hf.ledger.read_records", None)
     monkeypatch.setattr("fslora_hf.ledger.json", None)
     for rounds in (5, 4, 0):
         assert keep_rounds(path, rounds) == rounds and path.read_bytes() == b"".join(lines[:rounds])
+
+
+def test_keep_rounds_writes_no_line_again(tmp_path, monkeypatch):
+    """Sixty megabytes of ten thousand rounds are not copied, nor opened to write where there is nothing to cut."""
+    path = make_ledger(tmp_path / "rounds.jsonl", 5)
+    file, written = path.stat().st_ino, path.stat().st_mtime_ns
+    assert keep_rounds(path, 5) == 5 and (path.stat().st_ino, path.stat().st_mtime_ns) == (file, written)
+    assert keep_rounds(path, 3) == 3 and path.stat().st_ino == file
+    assert [record["round"] for record in read_records(path)] == [0, 1, 2]
+
+
+def test_keep_rounds_keeps_the_right_lines_of_a_ledger_in_another_order(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    path.write_text('{"round": 2}\n{"round": 0}\n{"round": 1}\n')
+    assert keep_rounds(path, 2) == 2 and [record["round"] for record in read_records(path)] == [0, 1]
 
 
 def test_keep_rounds_reads_records_that_others_wrote(tmp_path):
@@ -261,13 +276,14 @@ def test_keep_rounds_reads_records_that_others_wrote(tmp_path):
     assert keep_rounds(path, 1) == 1 and read_records(path) == [{"loss": 1.0, "round": 0}]
 
 
-def test_keep_rounds_replaces_in_one_step(tmp_path, monkeypatch):
-    path = make_ledger(tmp_path / "rounds.jsonl", 5)
-    before = path.read_text()
+@pytest.mark.parametrize("torn", ["", '{"round": 5, "lo'])
+def test_keep_rounds_replaces_in_one_step(tmp_path, monkeypatch, torn):
+    source, path = make_ledger(tmp_path / "other.jsonl", 5, torn=torn), make_ledger(tmp_path / "rounds.jsonl", 1)
+    before = source.read_text(), path.read_text()
     monkeypatch.setattr("os.replace", no_space)
     with pytest.raises(OSError):
-        keep_rounds(path, 2)
-    assert path.read_text() == before
+        keep_rounds(path, 2, source)
+    assert (source.read_text(), path.read_text()) == before
 
 
 def test_rotation_keeps_the_most_rounds_whatever_the_steps(tmp_path):

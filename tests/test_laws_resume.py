@@ -213,11 +213,14 @@ def test_law_3_killed_before_the_first_checkpoint_is_whole(uninterrupted, fork, 
 
 @pytest.mark.slow
 def test_law_3_killed_while_resuming(uninterrupted, fork, tmp_path):
-    """A kill in a round, another at each write with which a resumed run begins."""
+    """A kill before a checkpoint has its name, so that the ledger is ahead of the last one, and another at each write
+    with which a resumed run begins."""
     whole, _ = uninterrupted
     stopped, look = tmp_path / "stopped", tmp_path / "look"
     stopped.mkdir()
-    assert fork(job(stopped, kill={"event": "on_substep_end", "step": STEPS + 2})) == [-signal.SIGKILL]
+    unnamed = {"operation": f"os.rename checkpoint-{2 * STEPS}"}
+    assert fork(job(stopped, watch=SAVE, kill=unnamed)) == [-signal.SIGKILL]
+    assert len(ledger(stopped / "run")) == 2
     shutil.copytree(stopped, look)
     operations = operations_of(fork, look, [-1, 1], resume=True)
     assert any("rounds.jsonl" in what for what in operations.values()), operations
