@@ -1,19 +1,18 @@
 """`per_device_train_clients: auto`: the largest block of clients whose step fits the device, found by trying."""
 
-import contextlib
 import logging
 import math
 import os
 import platform
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from datasets import Dataset
 
+from . import host_memory
 from .adapter import ClientStack, global_pair
 from .methods import ClientAdapter, method_class
 from .rows import survey_rows
@@ -22,12 +21,6 @@ if TYPE_CHECKING:
     from .trainer import FederatedSketchTrainer
 
 logger = logging.getLogger(__name__)
-
-_STATUS, _PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_CONTROL_GROUPS = (  # where the limit and the use are told, and the part of the use that can be had; versions 2, 1
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 class Meter(Protocol):
@@ -66,15 +59,16 @@ class HostMeter:
     step is tried that could take all: it would not be refused but end the process."""
 
     def __init__(self):
-        self._held = _status("VmRSS")
-        self.limit = _free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        host_memory.return_freed_memory()
+        self._held = host_memory.held_bytes()
+        self.limit = host_memory.free_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.room = 0.8 * self.limit
 
     def peak(self, step: Callable[[], None]) -> float | None:
-        with contextlib.suppress(OSError):  # an earlier peak may count then: too much, never too little
-            _PEAK_RESET.write_text("5")
+        host_memory.return_freed_memory()  # of a larger step, which would be counted as this one's
+        host_memory.forget_peak()
         step()
-        return _status("VmHWM") - self._held
+        return host_memory.peak_bytes() - self._held
 
 
 def meter_of(device: torch.device) -> Meter:
@@ -85,7 +79,7 @@ def meter_of(device: torch.device) -> Meter:
     """
     if device.type == "cuda":
         return CudaMeter(device)
-    if device.type == "cpu" and _STATUS.exists():
+    if device.type == "cpu" and host_memory.is_measured():
         return HostMeter()
     raise ValueError(
         f"Expected a CUDA device, or Linux, to measure what a step takes for per_device_train_clients: auto, found "
@@ -188,23 +182,3 @@ def _blank(A: dict[str, torch.Tensor], B: dict[str, torch.Tensor], rank: int) ->
         {name: tensor.new_zeros(tensor.shape[0], rank) for name, tensor in B.items()},
         1.0,
     )
-
-
-def _figure(path: Path, name: str) -> float:
-    """The number that follows `name` in a file of the kernel's; in /proc these are kilobytes."""
-    return float(next(line.split()[1] for line in path.read_text().splitlines() if line.split()[0] == name))
-
-
-def _status(name: str) -> float:
-    """A figure of this process's memory in bytes (Linux)."""
-    return 1024 * _figure(_STATUS, f"{name}:")
-
-
-def _free_host_memory() -> float:
-    """Bytes that can be had without swapping, of the machine and of the control group that holds this process."""
-    free = 1024 * _figure(Path("/proc/meminfo"), "MemAvailable:")
-    for folder, limit, used, cached in _CONTROL_GROUPS:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
-            taken = float(Path(folder, used).read_text()) - _figure(Path(folder, "memory.stat"), cached)
-            free = min(free, float(Path(folder, limit).read_text()) - taken)
-    return free

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from . import run
+from . import host_memory, run
 from .adapter import PEFT_PREFIX, ClientStack, global_pair, save_client_adapter, widen_adapter
 from .block_size import fit_block
 from .callbacks import RoundCallback, RoundProgressCallback
@@ -233,6 +233,7 @@ class FederatedSketchTrainer(SFTTrainer):
         """
         self._bind_callbacks()
         ended = False
+        on_host = self.args.device.type == "cpu" and host_memory.keep_freed_memory()
         try:
             agree(self._open_hub)
             checkpoint = agree(lambda: run.find_start(self, resume_from_checkpoint))
@@ -247,6 +248,8 @@ class FederatedSketchTrainer(SFTTrainer):
                 self._engine.stack.detach()
                 self._engine = None
                 self._ahead.shutdown()
+            if on_host:
+                host_memory.return_freed_memory()
             if self.publisher is not None:
                 self.publisher.close(wait=ended)
 

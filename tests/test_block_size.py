@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fslora_hf import block_size, trainer
+from fslora_hf import block_size, host_memory, trainer
 from fslora_hf.block_size import HostMeter, fit_block, largest_block, longest_rows, meter_of
 from fslora_hf.layout import Layout
 from tests import reference, tiny
@@ -117,14 +117,14 @@ def test_what_a_step_holds_is_measured():
 
 
 def test_a_control_groups_limit_counts(monkeypatch, tmp_path):
-    everywhere = block_size._free_host_memory()
-    monkeypatch.setattr(block_size, "_CONTROL_GROUPS", ((str(tmp_path), "limit", "used", "inactive_file"),))
+    everywhere = host_memory.free_bytes()
+    monkeypatch.setattr(host_memory, "_CONTROL_GROUPS", ((str(tmp_path), "limit", "used", "inactive_file"),))
     (tmp_path / "limit").write_text("max\n")
     (tmp_path / "used").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300\n")
-    assert block_size._free_host_memory() == pytest.approx(everywhere, rel=0.2)
+    assert host_memory.free_bytes() == pytest.approx(everywhere, rel=0.2)
     (tmp_path / "limit").write_text("1000\n")
-    assert block_size._free_host_memory() == 400
+    assert host_memory.free_bytes() == 400
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert HostMeter().room == pytest.approx(80)
 
@@ -132,7 +132,7 @@ def test_a_control_groups_limit_counts(monkeypatch, tmp_path):
 def test_a_device_that_cannot_be_measured_is_told(monkeypatch):
     with pytest.raises(ValueError, match="^Expected a CUDA device, or Linux, .* found mps on .*set .* to a number"):
         meter_of(torch.device("mps"))
-    monkeypatch.setattr(block_size, "_STATUS", Path("/nowhere"))
+    monkeypatch.setattr(host_memory, "_STATUS", Path("/nowhere"))
     with pytest.raises(ValueError, match="found cpu on"):
         meter_of(torch.device("cpu"))
 

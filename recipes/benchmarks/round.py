@@ -95,9 +95,10 @@ def run_way(way: str, setup, clock, block: int):
 def work(options: argparse.Namespace) -> dict:
     """Run one way in this process: its rounds' seconds and parts, without the first, and its memory."""
     import torch
-    from process_memory import forget_peak, memory
     from round_setup import Clock
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from fslora_hf.host_memory import forget_peak, held_bytes, peak_bytes
 
     disable_progress_bar()  # of each model load
     set_verbosity_error()
@@ -110,13 +111,13 @@ def work(options: argparse.Namespace) -> dict:
             torch.cuda.reset_peak_memory_stats()
         else:
             forget_peak()
-        before = torch.cuda.memory_allocated() if on_gpu else memory("VmRSS")
+        before = torch.cuda.memory_allocated() if on_gpu else held_bytes()
         clock = Clock(torch.cuda.synchronize if on_gpu else lambda: None)
         run_way(options.worker, setup, clock, options.block)
     return {
         "rounds": clock.rounds[1:],
         "bytes_before": before,
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM"),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes(),
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": torch.get_num_threads(),
     }

@@ -15,11 +15,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from process_memory import forget_peak, memory  # beside this file
 from server import LAYERS, SHAPES
 from step_rows import make_tokenizer
 
 from fslora_hf.clients import ClientIndex, client_ranks
+from fslora_hf.host_memory import forget_peak, held_bytes, peak_bytes
 from fslora_hf.plan import RoundPlan, plan_round
 
 # Layers of which a cohort's adapters are handed over: server.py's, or a few numbers to try the script with.
@@ -43,9 +43,9 @@ class Timer:
     @contextmanager
     def memory(self, name: str) -> Iterator[None]:
         forget_peak()
-        before = memory("VmRSS")
+        before = held_bytes()
         yield
-        self.bytes[name] = max(0, memory("VmHWM") - before)
+        self.bytes[name] = max(0, peak_bytes() - before)
 
     def readings(self) -> dict[str, float]:
         seconds = {f"{name}_seconds": value for name, value in self.seconds.items()}
@@ -79,14 +79,14 @@ def planning(options, clients: int, cohort: int) -> dict[str, float]:
         with timer.time("index"):
             index = ClientIndex.from_column(column)
             ranks = client_ranks(clients, law="uniform", min_rank=1, max_rank=options.rank, seed=0)
-        planner, held = make_planner(options, index, ranks, cohort), memory("VmRSS")
+        planner, held = make_planner(options, index, ranks, cohort), held_bytes()
         with timer.time("first_plan"):
             plan = planner(0)
         with timer.time("sketches"):
             for client in plan.clients:
                 for module in modules:
                     client.sketch(module)
-        resident = max(0, memory("VmRSS") - held)
+        resident = max(0, held_bytes() - held)
     later, late = (
         statistics.median(_seconds(planner, start + number) for number in range(options.plans))
         for start in (1, options.late_round)

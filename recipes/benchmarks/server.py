@@ -20,7 +20,8 @@ import time
 import numpy as np
 import torch
 from outputs import processor, write_result  # beside this file
-from process_memory import forget_peak, memory
+
+from fslora_hf.host_memory import forget_peak, held_bytes, peak_bytes
 
 LAYERS = 28
 SHAPES = {  # in, out
@@ -82,11 +83,11 @@ def work(name: str, client_rank: int, options: argparse.Namespace) -> dict:
         del held, change
     torch.linalg.svd(torch.linalg.qr(torch.eye(8).double())[1])  # load what decomposes
     forget_peak()
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start = held_bytes(), time.perf_counter()
     with torch.no_grad():
         change = method.finish(server, accumulator)
         server.step(change)
-    seconds, held = time.perf_counter() - start, memory("VmHWM") - before
+    seconds, held = time.perf_counter() - start, peak_bytes() - before
     # The change is an adapter itself, held twice: the optimizer takes its negative for a gradient.
     own = 0 if method.folds else 2 * sum(t.numel() * t.element_size() for side in change for t in side.values())
     return {"seconds": seconds, "bytes": max(0, held - own)}

@@ -13,7 +13,6 @@ tokens. Ratios are of medians. Noted beside the speed is which part of the devic
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -102,6 +101,7 @@ def time_steps(options: argparse.Namespace, block: int, federated: dict | None) 
     from trl import SFTConfig, SFTTrainer
 
     from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
+    from fslora_hf.host_memory import peak_bytes
 
     clock, steps = make_clock(), options.steps + 2
     model = load_model(options)
@@ -138,7 +138,7 @@ def time_steps(options: argparse.Namespace, block: int, federated: dict | None) 
     seconds = [later - earlier for earlier, later in zip(clock.ends[1:-1], clock.ends[2:], strict=True)]
     on_gpu = torch.cuda.is_available() and not options.cpu
     # Before the matrix rate is measured, which takes memory of its own.
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_bytes()
     ranks = [options.rank] if federated is None else [client.rank for client in trainer.round_plan(0).clients]
     return {
         "tokens": seen.tokens[2:steps],
