@@ -174,7 +174,10 @@ def push_by_hand(folder: str) -> list:
     trainer = build(folder, {**RUN, "hub_deadline": 2.0, "num_rounds": 2}, LORA, dtype=torch.float32)
     trainer.train()
     before = trainer.publisher.report.missing
-    after = [trainer.push_to_hub(commit_message="Now").missing, trainer.push_to_hub().missing]
+    after = []
+    while [] not in after and len(after) < 10:  # how much of a push fits into the deadline depends on the machine
+        after.append(trainer.push_to_hub(commit_message="Now").missing)
+    after.append(trainer.push_to_hub().missing)
     quiet = build(f"{folder}-quiet", {**RUN, "push_to_hub": False}, LORA, dtype=torch.float32)
     with pytest.raises(ValueError, match="^Expected push_to_hub=True in the configuration, found False: set it"):
         quiet.push_to_hub()
@@ -182,9 +185,10 @@ def push_by_hand(folder: str) -> list:
 
 
 def test_push_to_hub_sends_what_is_missing(hub, users, on_client, tmp_path):
-    hub.fault("commit", status=503, times=2)  # attempts: how many fit into the deadline depends on the machine
-    first, second, third = on_client(push_by_hand, str(tmp_path / "run"))
-    assert first == [2] and second in ([2], []) and third == []
+    hub.fault("commit", status=503, times=2)
+    first, *between, last = on_client(push_by_hand, str(tmp_path / "run"))
+    assert first == [2] and between[-1] == last == []
+    assert all(missing == [2] for missing in between[:-1])
     assert sorted(hub.find("user/run").refs()) == ["refs/heads/main", "refs/tags/round-0002"]
 
 
