@@ -13,6 +13,7 @@ import throughput
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
+from step_rows import real_rows
 
 from fslora_hf import FederatedSketchTrainer
 from fslora_hf.head import add_scored_head
@@ -116,6 +117,24 @@ def test_random_weights_are_read_back_as_they_were(tmp_path, monkeypatch):
     drawn, read = throughput.load_model(options).state_dict(), setup.load().state_dict()
     assert setup.base is None and drawn.keys() == read.keys()
     assert all(torch.equal(drawn[name], read[name]) for name in drawn)
+
+
+@pytest.mark.parametrize("scored", ["completion", "all"])
+def test_rows_with_lengths_of_their_own_become_tokens(tmp_path, monkeypatch, scored):
+    tiny.base_model(torch.float32).save_pretrained(tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    command = f"round.py --model {tmp_path} --cpu --rows miniature --rank 4 --loss {scored} --worker swap"
+    monkeypatch.setattr(sys, "argv", command.split())
+    options = benchmark.parse()
+    setup = benchmark.make_setup(options, torch.device("cpu"), "unused")
+    texts, eos = real_rows(options), tokenizer.eos_token_id
+    assert len({len(row) for row in setup.rows["input_ids"]}) > 1
+    for row, text in zip(setup.rows, texts, strict=True):
+        prompt, completion = (tokenizer(text[part])["input_ids"] for part in ("prompt", "completion"))
+        assert row["input_ids"] == [*prompt, *completion, eos]
+        assert row["labels"] == [*([-100] * len(prompt) if scored == "completion" else prompt), *completion, eos]
+        assert row["client_id"] == text["client_id"]
 
 
 def test_clock_waits_for_the_device():

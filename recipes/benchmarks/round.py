@@ -1,6 +1,7 @@
 """One whole federated round, this library's against other ways to run it: seconds, and peak memory.
 
     python recipes/benchmarks/round.py --model ~/.cache/fslora_hf/SmolLM2-135M-Instruct --cpu
+    python recipes/benchmarks/round.py --model FOLDER --rows FOLDER_OF_ROWS --cpu
     python recipes/benchmarks/round.py --model llama3.2-3b --dtype bfloat16 --length 256 --batch_size 4 --rank 64
 
 A round is handing the global adapter over to all clients, their local steps, aggregation, and the server's step. The
@@ -12,7 +13,8 @@ other ways (`round_ways.py` says exactly what each does):
 
 All train the same clients at the same ranks on the same batches. A test holds them to the same adapter, `deep_copy`
 under SGD only: its AdamW does the same work, but moves B less. Ranks are mixed, of mean rank / 4, unless
-`--client_ranks` says otherwise. Rows are random tokens, all equally long.
+`--client_ranks` says otherwise. Rows are random tokens, all equally long, or those of `--rows` with lengths of their
+own.
 
 Every measurement is a process of its own, so that its peak memory is its own; the ways take turns (A B C, A B C, ...),
 so that a machine whose speed drifts drifts for all. A process runs one round that is not timed, then `--rounds` that
@@ -35,7 +37,7 @@ import time
 from pathlib import Path
 
 from outputs import processor, write_result  # beside this file
-from step_rows import make_rows, make_tokenizer
+from step_rows import RANDOM, add_rows_option, rows_and_tokenizer, tokenised_rows
 from throughput import LOSSES, PACKAGES, TARGETS, add_work_options, load_model
 
 WAYS = {
@@ -52,6 +54,7 @@ PARTS = ("hand_over", "local_steps", "aggregation")
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_work_options(parser, batch_size=1)
+    add_rows_option(parser)
     parser.add_argument("--loss", dest="scored", choices=LOSSES, default="completion", help="which tokens are scored")
     parser.add_argument("--clients", type=int, default=8, help="clients in a round")
     parser.add_argument("--block", type=int, help="clients in a step of ours_block; all unless given")
@@ -131,7 +134,9 @@ def make_setup(options: argparse.Namespace, device, folder: str):
     from throughput import SHAPES
 
     base, model = load_model(options).to(device), options.model
-    rows = make_rows(options, base.config.vocab_size)
+    rows, tokenizer = rows_and_tokenizer(options, base.config.vocab_size)
+    if options.rows != RANDOM:
+        rows = tokenised_rows(rows, tokenizer, options.scored)
     lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS)
     if options.worker == "reload" and model in SHAPES:
         base.save_pretrained(folder)
@@ -146,7 +151,7 @@ def make_setup(options: argparse.Namespace, device, folder: str):
         lora=lora,
         start=start,
         rows=rows,
-        tokenizer=make_tokenizer(),
+        tokenizer=tokenizer,
         ranks=options.client_ranks,
         rounds=1 + options.rounds,
         local_steps=options.steps,

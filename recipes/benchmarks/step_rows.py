@@ -51,6 +51,19 @@ def real_rows(options: argparse.Namespace):
     return rows.select_columns(["prompt", "completion"]).add_column("client_id", owners)
 
 
+def tokenised_rows(rows, tokenizer, scored: str):
+    """Prompts and completions as tokens and labels, for trainers that are told to leave rows as they are; `scored` is
+    which tokens have a loss."""
+
+    def tokenise(row):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        hidden = [-100] * len(prompt) if scored == "completion" else prompt
+        return {"input_ids": prompt + completion, "labels": hidden + completion}
+
+    return rows.map(tokenise, remove_columns=["prompt", "completion"])
+
+
 def make_tokenizer():
     """A tokenizer for the trainers' constructors; the rows are tokens already."""
     from tokenizers import Tokenizer, models
