@@ -6,6 +6,7 @@ numerical library, and a longer draw from a path begins with the shorter one.
 """
 
 import hashlib
+import struct
 
 import numpy as np
 
@@ -29,15 +30,21 @@ def permutation_prefix(n: int, m: int, *path: int | str) -> np.ndarray:
     if not 0 <= m <= n:
         raise ValueError(f"Expected a prefix of length 0 to {n}, found {m}.")
     moved: dict[int, int] = {}
-    prefix = np.empty(m, dtype=np.int64)
-    targets = np.arange(m) + (uniforms(m, *path) * (n - np.arange(m))).astype(np.int64)
-    for i, j in enumerate(targets.tolist()):
-        prefix[i] = moved.get(j, j)
+    prefix = []
+    # Plain numbers, and not arrays, whose set-up would cost more than the few entries of a small shard.
+    for i, word in enumerate(struct.unpack(f"<{m}Q", _digest(m, path))):
+        j = i + int((word >> 11) * 2.0**-53 * (n - i))
+        prefix.append(moved.get(j, j))
         moved[j] = moved.pop(i, i)
-    return prefix
+    return np.array(prefix, dtype=np.int64)
 
 
 def _bits(n: int, path: tuple[int | str, ...]) -> np.ndarray:
-    """`n` random 64-bit words (uint64 array). Integers of any width (also numpy's) name the same path."""
+    """`n` random 64-bit words (uint64 array)."""
+    return np.frombuffer(_digest(n, path), dtype="<u8")
+
+
+def _digest(n: int, path: tuple[int | str, ...]) -> bytes:
+    """`n` random 64-bit words. Integers of any width (also numpy's) name the same path."""
     key = "/".join(part if isinstance(part, str) else str(int(part)) for part in path)
-    return np.frombuffer(hashlib.shake_256(key.encode()).digest(8 * n), dtype="<u8")
+    return hashlib.shake_256(key.encode()).digest(8 * n)

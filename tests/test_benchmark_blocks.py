@@ -104,7 +104,7 @@ def test_blocks_measures_every_law(tmp_path, monkeypatch, capsys):
     rate, seen = throughput.matrix_rate, []
     monkeypatch.setattr(throughput, "matrix_rate", lambda dtype, device: rate(dtype, device, size=64))
     monkeypatch.setattr(throughput, "flops_per_token", lambda *given: seen.append(given[1:]) or 100.0)
-    monkeypatch.setattr(blocks, "run_worker", lambda law, block: blocks.work(options, law, block))
+    monkeypatch.setattr(blocks, "run_worker", lambda case: blocks.work(options, *case))
     blocks.main()
     result = json.loads(output.read_text())
     assert set(result["results"]) == {"full", "mixed", "sft"} and "clients" not in result["settings"]

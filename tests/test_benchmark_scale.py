@@ -46,7 +46,8 @@ def test_measurements_take_turns_and_their_medians_are_taken(monkeypatch):
     options, asked = parse(monkeypatch, SMALL + " --repeats 3 --sweeps clients"), []
     readings = {5: [3.0, 1.0, 2.0], 20: [30.0, 50.0, 40.0]}
 
-    def run_worker(kind, arguments):
+    def run_worker(case):
+        _, _, arguments = case
         asked.append(arguments["clients"])
         return {"plan_seconds": readings[arguments["clients"]].pop(0)}
 
@@ -97,7 +98,7 @@ def test_scale_measures_every_sweep(tmp_path, monkeypatch, capsys):
     """In this process; how much memory that takes cannot be seen."""
     output = tmp_path / "out" / "scale.json"
     options = parse(monkeypatch, f"{SMALL} --output {output}")
-    monkeypatch.setattr(scale, "run_worker", lambda kind, arguments: scale.KINDS[kind](options, **arguments))
+    monkeypatch.setattr(scale, "run_worker", lambda case: scale.KINDS[case[1]](options, **case[2]))
     scale.main()
     result = json.loads(output.read_text())
     sweeps = result["results"]

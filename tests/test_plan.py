@@ -191,8 +191,8 @@ def million():
 def test_a_round_of_a_million_clients_costs_what_its_cohort_costs(million, monkeypatch, weighting):
     """Numbers drawn and memory taken, in round 1 and in round 100,000: an array of all clients would be 8 MB."""
     drawn = []
-    uniforms = draws.uniforms
-    monkeypatch.setattr(draws, "uniforms", lambda n, *path: (drawn.append(n), uniforms(n, *path))[1])
+    digest = draws._digest
+    monkeypatch.setattr(draws, "_digest", lambda n, path: (drawn.append(n), digest(n, path))[1])
     planner = make_planner(
         million,
         ranks=np.full(len(million), 4),

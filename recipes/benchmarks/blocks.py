@@ -13,14 +13,12 @@ that the operations of a step come to (formula: matrix_rate.py). Writes JSON, an
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from outputs import write_result  # beside this file
 from step_rows import add_rows_option
 from throughput import LOSSES, PACKAGES, add_work_options, figures, time_steps
+from turns import run_again, take_turns
 
 LAWS = {"full": "all clients at full rank", "mixed": "ranks from 1 to it", "sft": "SFTTrainer, the whole batch"}
 
@@ -76,28 +74,17 @@ def work(options: argparse.Namespace, law: str, block: int) -> dict:
     return time_steps(options, block, {"clients_per_round": block, "client_ranks": ranks})
 
 
-def run_worker(law: str, block: int) -> dict:
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", law, str(block)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"Expected {block} clients a step ({law}) to be timed, found:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def run_worker(case: tuple[str, int]) -> dict:
+    law, block = case
+    return run_again(__file__, "--worker", law, str(block))
 
 
 def measure(options: argparse.Namespace) -> dict[tuple[str, int], list[dict]]:
     """What the processes of each law and block measured."""
     laws = [law for law in LAWS if law != "sft" or options.with_sft]
     cases = [(law, block) for block in options.blocks for law in laws]
-    measured: dict[tuple[str, int], list[dict]] = {case: [] for case in cases}
-    total, start = len(cases) * options.repeats, time.monotonic()
-    for number in range(total):
-        law, block = cases[number % len(cases)]
-        measured[law, block].append(run_worker(law, block))
-        left = (time.monotonic() - start) / (number + 1) * (total - number - 1)
-        print(
-            f"{number + 1}/{total} {block} clients, {law}, {left / 60:.1f} minutes left", file=sys.stderr, flush=True
-        )
-    return measured
+    runs = take_turns(cases, options.repeats, run_worker, lambda case, _: f"{case[1]} clients, {case[0]}")
+    return dict(zip(cases, runs, strict=True))
 
 
 def summarise(measured: dict[tuple[str, int], list[dict]]) -> dict[str, list[dict]]:

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,8 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from outputs import processor, write_result  # beside this file
-from step_rows import make_rows, make_tokenizer
+from step_rows import QUIET, make_rows, make_tokenizer
 from throughput import PACKAGES, TARGETS, add_work_options, load_model
+from turns import run_again
 
 TOKEN = "hf_benchmark"  # of the tests' Hub
 CLOCKS = (time.perf_counter, time.process_time)
@@ -73,13 +73,7 @@ def work(options: argparse.Namespace) -> None:
     args = FederatedSketchConfig(
         output_dir=tempfile.mkdtemp(prefix="run-", dir=os.environ["TMPDIR"]),
         use_cpu=options.cpu,
-        bf16=False,
-        activation_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        learning_rate=1e-4,
-        max_length=None,
-        lr_scheduler_type="constant",
+        **QUIET,
         num_rounds=options.rounds,
         local_steps=options.steps,
         clients_per_round=options.clients,
@@ -124,14 +118,10 @@ def measure(options: argparse.Namespace) -> dict:
         hub.upload_mode = "lfs"
         hub.users[TOKEN] = {"name": "user", "role": "write", "orgs": []}
         hub.fault("commit", stall_s=options.stall, times=None)
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "TMPDIR": folder}
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "TMPDIR": folder}
+        measured = run_again(__file__, "--worker", environment=environment)
         hub.mend()
-    if done.returncode:
-        raise RuntimeError(f"Expected the training process to end well, found exit code {done.returncode}: its "
-                           "message stands above.")  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def summarise(measured: dict, clock: int) -> dict:

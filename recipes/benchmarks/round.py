@@ -30,15 +30,13 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 from outputs import processor, write_result  # beside this file
 from step_rows import RANDOM, add_rows_option, rows_and_tokenizer, tokenised_rows
 from throughput import LOSSES, PACKAGES, TARGETS, add_work_options, load_model
+from turns import run_again, take_turns
 
 WAYS = {
     "ours_one": "FederatedSketchTrainer, one client a step",
@@ -163,25 +161,13 @@ def make_setup(options: argparse.Namespace, device, folder: str):
 # ---- All of them ----
 
 
-def run_worker(way: str) -> dict:
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", way]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(f"Expected {way} to run, found exit code {done.returncode}: its message stands above.")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure(options: argparse.Namespace) -> dict[str, list[dict]]:
-    measured: dict[str, list[dict]] = {way: [] for way in WAYS}
-    total, start = options.repeats * len(WAYS), time.monotonic()
-    for number in range(total):
-        way = list(WAYS)[number % len(WAYS)]
-        measured[way].append(run_worker(way))
-        seconds = statistics.median(one["seconds"] for one in measured[way][-1]["rounds"])
-        left = (time.monotonic() - start) / (number + 1) * (total - number - 1)
-        print(f"{number + 1}/{total} {way}: {seconds:.1f} s a round, {left / 60:.1f} minutes left",
-              file=sys.stderr, flush=True)  # fmt: skip
-    return measured
+    def told(way: str, one: dict) -> str:
+        return f"{way}: {statistics.median(round['seconds'] for round in one['rounds']):.1f} s a round"
+
+    ways = list(WAYS)
+    runs = take_turns(ways, options.repeats, lambda way: run_again(__file__, "--worker", way), told)
+    return dict(zip(ways, runs, strict=True))
 
 
 def summarise(measured: dict[str, list[dict]]) -> dict[str, dict]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from step_rows import QUIET  # beside this file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fslora_hf.adapter import PEFT_PREFIX
@@ -22,9 +23,6 @@ from fslora_hf.plan import RoundPlan, plan_round
 
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 SEED = 0
-# What every way asks of its trainer, beyond a Setup's own. SFTTrainer recomputes activations unless told not to.
-QUIET = dict(bf16=False, activation_checkpointing=False, report_to="none", disable_tqdm=True, logging_steps=1000,
-             max_length=None, lr_scheduler_type="constant", weight_decay=0.0, seed=SEED)  # fmt: skip
 
 
 class Clock:
@@ -96,8 +94,15 @@ class Setup:
     @property
     def training(self) -> dict[str, Any]:
         """Arguments of SFTConfig, and so of FederatedSketchConfig."""
-        return QUIET | dict(use_cpu=self.use_cpu, per_device_train_batch_size=self.batch_size, optim=self.optim,
-                            learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)  # fmt: skip
+        return QUIET | dict(
+            seed=SEED,
+            use_cpu=self.use_cpu,
+            per_device_train_batch_size=self.batch_size,
+            optim=self.optim,
+            weight_decay=0.0,
+            learning_rate=self.learning_rate,
+            max_grad_norm=self.max_grad_norm,
+        )
 
     def plan(self, round: int) -> RoundPlan:
         """What FederatedSketchTrainer.round_plan gives, without a trainer."""

@@ -22,15 +22,12 @@ rows were held before. Writes JSON, and a PNG beside it; prints what is to be he
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from outputs import processor, write_result  # beside this file
 from scale_parts import ADAPTED, KINDS
+from turns import SEEN, run_again, take_turns
 
 SWEEPS = ("clients", "cohorts", "ranks", "startup", "resume")
 PACKAGES = "numpy torch transformers trl peft datasets fslora_hf".split()
@@ -104,26 +101,15 @@ def make_cases(options: argparse.Namespace) -> list[tuple[str, str, dict]]:
     return [case for case in cases if case[0] in options.sweeps]
 
 
-def run_worker(kind: str, arguments: dict) -> dict[str, float]:
-    # A fixed threshold: otherwise memory that was freed once is kept, and taken again without being seen.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", json.dumps([kind, arguments])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"Expected {kind} with {arguments} to be measured, found the error above.")
-    return json.loads(done.stdout.splitlines()[-1])
+def run_worker(case: tuple[str, str, dict]) -> dict[str, float]:
+    _, kind, arguments = case
+    return run_again(__file__, "--worker", json.dumps([kind, arguments]), environment=SEEN)
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[dict]]:
     """By sweep, a row for each of its points: the arguments, and the median of every reading."""
     cases = make_cases(options)
-    runs: list[list[dict[str, float]]] = [[] for _ in cases]
-    total, start = len(cases) * options.repeats, time.monotonic()
-    for number in range(total):
-        _, kind, arguments = cases[number % len(cases)]
-        runs[number % len(cases)].append(run_worker(kind, arguments))
-        left = (time.monotonic() - start) / (number + 1) * (total - number - 1)
-        print(f"{number + 1}/{total} {kind} {arguments}, {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
+    runs = take_turns(cases, options.repeats, run_worker, lambda case, _: f"{case[1]} {case[2]}")
     results: dict[str, list[dict]] = {}
     for (sweep, kind, arguments), readings in zip(cases, runs, strict=True):
         medians = {name: statistics.median(one[name] for one in readings) for name in readings[0]}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from server import LAYERS, SHAPES
-from step_rows import make_tokenizer
+from step_rows import QUIET, make_tokenizer
 
 from fslora_hf.clients import ClientIndex, client_ranks
 from fslora_hf.host_memory import forget_peak, held_bytes, peak_bytes
@@ -168,8 +168,7 @@ def make_trainer(federated: bool, rows, output_dir: str, callbacks=(), **setting
 
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
-    shared = dict(output_dir=output_dir, use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none",
-                  disable_tqdm=True, max_length=None, lr_scheduler_type="constant")  # fmt: skip
+    shared = QUIET | dict(output_dir=output_dir, use_cpu=True)
     return (FederatedSketchTrainer if federated else SFTTrainer)(
         model=LlamaForCausalLM(config),
         args=(FederatedSketchConfig if federated else SFTConfig)(**shared, **settings),

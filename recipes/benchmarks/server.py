@@ -11,15 +11,13 @@ before, adapters and accumulator included, and beyond the change, which is an ad
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
 import torch
 from outputs import processor, write_result  # beside this file
+from turns import SEEN, run_again, take_turns
 
 from fslora_hf.host_memory import forget_peak, held_bytes, peak_bytes
 
@@ -93,14 +91,9 @@ def work(name: str, client_rank: int, options: argparse.Namespace) -> dict:
     return {"seconds": seconds, "bytes": max(0, held - own)}
 
 
-def run_worker(name: str, client_rank: int) -> dict:
-    # A fixed threshold: otherwise memory that was freed once is kept, and taken again without being seen.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, str(client_rank)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"Expected {name} at rank {client_rank} to be measured, found the error above.")
-    return json.loads(done.stdout.splitlines()[-1])
+def run_worker(case: tuple[str, int]) -> dict:
+    name, client_rank = case
+    return run_again(__file__, "--worker", name, str(client_rank), environment=SEEN)
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
@@ -111,16 +104,10 @@ def measure(options: argparse.Namespace) -> list[dict]:
         for name in options.methods or METHODS
         for rank in ([options.rank] if METHODS[name].full_rank_only else options.client_ranks)
     ]
-    measured: dict[tuple[str, int], list[dict]] = {case: [] for case in cases}
-    total, start = len(cases) * options.repeats, time.monotonic()
-    for number in range(total):
-        name, rank = cases[number % len(cases)]
-        measured[name, rank].append(run_worker(name, rank))
-        left = (time.monotonic() - start) / (number + 1) * (total - number - 1)
-        print(f"{number + 1}/{total} {name}, rank {rank}, {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
+    measured = take_turns(cases, options.repeats, run_worker, lambda case, _: f"{case[0]}, rank {case[1]}")
     return [
         {"method": name, "client_rank": rank, **{key: statistics.median(run[key] for run in runs) for key in runs[0]}}
-        for (name, rank), runs in measured.items()
+        for (name, rank), runs in zip(cases, measured, strict=True)
     ]
 
 

@@ -1,8 +1,11 @@
-"""The rows that steps are timed on, and what of them a step saw."""
+"""What timed steps have in common: the rows, what of them a step saw, and what the trainer is told."""
 
 import argparse
 
 RANDOM = "random"
+# SFTTrainer recomputes activations unless told not to.
+QUIET = dict(bf16=False, activation_checkpointing=False, report_to="none", disable_tqdm=True, logging_steps=1000,
+             max_length=None, learning_rate=1e-4, lr_scheduler_type="constant")  # fmt: skip
 
 
 def add_rows_option(parser: argparse.ArgumentParser) -> None:

@@ -14,15 +14,14 @@ tokens. Ratios are of medians. Noted beside the speed is which part of the devic
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from matrix_rate import flops_per_token, matrix_rate  # beside this file
 from outputs import processor, write_result
-from step_rows import RANDOM, CountingCollator, add_rows_option, rows_and_tokenizer
+from step_rows import QUIET, RANDOM, CountingCollator, add_rows_option, rows_and_tokenizer
+from turns import run_again, take_turns
 
 VARIANTS = {
     "sft": "SFTTrainer, one client's batch",
@@ -107,9 +106,7 @@ def time_steps(options: argparse.Namespace, block: int, federated: dict | None) 
     model = load_model(options)
     rows, tokenizer = rows_and_tokenizer(options, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as output_dir:
-        shared = dict(output_dir=output_dir, use_cpu=options.cpu, bf16=False, activation_checkpointing=False,
-                      report_to="none", disable_tqdm=True, logging_steps=1000, learning_rate=1e-4, max_length=None,
-                      lr_scheduler_type="constant")  # fmt: skip
+        shared = QUIET | dict(output_dir=output_dir, use_cpu=options.cpu)
         if options.rows != RANDOM:
             shared["completion_only_loss"] = options.scored == "completion"
         if federated is not None:
@@ -170,12 +167,17 @@ def make_clock():
     return Clock()
 
 
-def run_worker(options: argparse.Namespace, variant: str, scored: str) -> dict:
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", variant, "--scored", scored]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"Expected the variant {variant} to run, found:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def run_worker(case: tuple[str, str]) -> dict:
+    scored, variant = case
+    return run_again(__file__, "--worker", variant, "--scored", scored)
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
+    """By which tokens are scored, what the processes of each variant measured."""
+    cases = [(scored, variant) for scored in options.losses for variant in VARIANTS]
+    runs = take_turns(cases, options.repeats, run_worker, lambda case, _: ": ".join(case))
+    measured = dict(zip(cases, runs, strict=True))
+    return {scored: {variant: measured[scored, variant] for variant in VARIANTS} for scored in options.losses}
 
 
 def summarise(measured: dict[str, list[dict]]) -> dict[str, dict]:
@@ -249,18 +251,10 @@ def main() -> None:
     if options.worker:
         print(json.dumps(work(options)))
         return
-    results: dict[str, dict] = {}
-    total, done, start = len(options.losses) * options.repeats * len(VARIANTS), 0, time.monotonic()
-    for scored in options.losses:
-        measured: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
-        for _ in range(options.repeats):
-            for variant in VARIANTS:
-                measured[variant].append(run_worker(options, variant, scored))
-                done += 1
-                left = (time.monotonic() - start) / done * (total - done)
-                print(f"{done}/{total} {scored}: {variant}, {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
-        results[LOSSES[scored]] = summarise(measured)
-        hardware = {key: measured["sft"][0][key] for key in ("device", "threads")}
+    measured = measure(options)
+    results = {LOSSES[scored]: summarise(runs) for scored, runs in measured.items()}
+    one = next(iter(measured.values()))["sft"][0]
+    hardware = {key: one[key] for key in ("device", "threads")}
     for title, rows in results.items():
         print_table(f"Loss on {title}", rows)
     plot(write_result(options, results, PACKAGES, hidden=("scored",), hardware=hardware), options.output)
