@@ -49,7 +49,7 @@ class RoundCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         round, wave, local_step = self.trainer.locate_step(state.global_step - 1)
-        if local_step < args.local_steps - 1:
+        if local_step < self.trainer.layout.local_steps - 1:
             return
         self.trainer.collect()
         if wave < self.trainer.layout.waves - 1:

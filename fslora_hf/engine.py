@@ -90,24 +90,27 @@ class RoundEngine:
         """Take the block's updates out of the model, fold the accepted ones, and leave the global adapter active."""
         losses = (self._losses / self.layout.local_steps).tolist()
         for slot, (client, loss) in enumerate(zip(self._block, losses, strict=True)):
-            update = self._update(slot, client)
-            norm, weight, reason = update.norm().item(), 0.0, None
-            try:
-                for transform in self._transforms:
-                    update = transform(update)
-                if self._compressor is not None:
-                    update = self._compressor.compress(self.round, client, update)
-                self.method.accumulate(self._accumulator, update)
-                weight = check_weight(self.method, client, self.method.weigh(update))
-            except RefusedUpdate as refusal:
-                reason = str(refusal)
-            self._outcomes.append((client.client_id, loss, norm, weight, reason))
+            self._fold(client, loss, self._update(client, *self.stack.change(slot), self.stack.received(slot)))
         self.abandon()
 
-    def _update(self, slot: int, client: ClientPlan) -> ClientUpdate:
-        A, B = self.stack.change(slot)
-        position = self._positions[client.client_id]
-        return ClientUpdate(A, B, client.weight, client.sketch, self.stack.received(slot), position)
+    def _fold(self, client: ClientPlan, loss: float, update: ClientUpdate) -> None:
+        """Add a client's update to the accumulator, or note why it is refused."""
+        norm, weight, reason = update.norm().item(), 0.0, None
+        try:
+            for transform in self._transforms:
+                update = transform(update)
+            if self._compressor is not None:
+                update = self._compressor.compress(self.round, client, update)
+            self.method.accumulate(self._accumulator, update)
+            weight = check_weight(self.method, client, self.method.weigh(update))
+        except RefusedUpdate as refusal:
+            reason = str(refusal)
+        self._outcomes.append((client.client_id, loss, norm, weight, reason))
+
+    def _update(
+        self, client: ClientPlan, A: dict[str, torch.Tensor], B: dict[str, torch.Tensor], received: ClientAdapter
+    ) -> ClientUpdate:
+        return ClientUpdate(A, B, client.weight, client.sketch, received, self._positions[client.client_id])
 
     def abandon(self) -> None:
         """Leave the block without folding it, the global adapter active."""

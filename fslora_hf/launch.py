@@ -2,9 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -17,6 +17,7 @@ from .recipe import ModelArguments, RecipeArguments
 from .report import ledger_table, plot_ledger, read_ledger
 from .trainer import FederatedSketchTrainer
 
+Trained = TypeVar("Trained", bound=FederatedSketchTrainer)
 FIGURE_NAME = "rounds.png"  # in a run's folder, written when it has ended well
 
 
@@ -48,20 +49,30 @@ def build_trainer(
     args: FederatedSketchConfig,
     model_args: ModelArguments,
     callbacks: Sequence[TrainerCallback] = (),
-) -> FederatedSketchTrainer:
-    """The trainer that a recipe describes: its rows split among clients, its model loaded."""
-    train = training_rows(recipe, args)
+    *,
+    trainer_class: Callable[..., Trained] = FederatedSketchTrainer,
+    rows: Dataset | None = None,
+    evaluates: bool = True,
+) -> Trained:
+    """The trainer that a recipe describes: its rows split among clients, its model loaded.
+
+    Args:
+        trainer_class: makes the trainer, as FederatedSketchTrainer does.
+        rows: to train on in place of the recipe's, their clients named.
+        evaluates: whether the recipe's held-out rows are loaded.
+    """
+    train = training_rows(recipe, args) if rows is None else rows
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(args.model_init_kwargs or {}),
     }
-    trainer = FederatedSketchTrainer(
+    trainer = trainer_class(
         model=model_args.model_name_or_path,
         args=args,
         train_dataset=train,
-        eval_dataset=held_out_rows(recipe, args.seed),
+        eval_dataset=held_out_rows(recipe, args.seed) if evaluates else None,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
         callbacks=list(callbacks),

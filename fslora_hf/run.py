@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 IDENTITY_NAME = "federated_run.json"
 HUB_RESUME = ".hub_resume"  # in output_dir, while a run is taken up from the Hub
 
-_DEFINING_ARGUMENTS = (
+DEFINING_ARGUMENTS = (
     "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
     "client_weighting upload_top_k learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
@@ -59,7 +59,7 @@ def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
     micro-batches is not part of it, and neither is the number of rounds."""
     if getattr(trainer, "_identity", None) is None:
         args, lora = trainer.args, trainer.model.peft_config["default"]
-        values = {name: getattr(args, name) for name in _DEFINING_ARGUMENTS}
+        values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS}
         values |= {f"lora {name}": getattr(lora, name) for name in _DEFINING_LORA}
         values |= {
             "server_learning_rate": args.resolved_server_learning_rate,

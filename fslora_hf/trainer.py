@@ -100,6 +100,7 @@ class FederatedSketchTrainer(SFTTrainer):
     _tag_names = ["trl", "sft", "fslora_hf"]
     _name = "Federated sketching LoRA"
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+    _engine_class = RoundEngine
     publisher: RoundPublisher | None = None  # of the first process, with push_to_hub
     card_facts: Mapping[str, Any] = {}  # fields of hub.card_context.CardContext that the trainer cannot know
 
@@ -243,11 +244,11 @@ class FederatedSketchTrainer(SFTTrainer):
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             ended = True
             return output
+        except Exception:
+            self._interrupted()
+            raise
         finally:
-            if self._engine is not None:
-                self._engine.stack.detach()
-                self._engine = None
-                self._ahead.shutdown()
+            self._close_run()
             if on_host:
                 host_memory.return_freed_memory()
             if self.publisher is not None:
@@ -332,9 +333,12 @@ class FederatedSketchTrainer(SFTTrainer):
             for tensor in (*A.values(), *B.values()):
                 torch.distributed.broadcast(tensor.data, src=0)
         method = method_class(args.method)()
-        slots = min(self.layout.block_size, self.cohort_size)
         stack = ClientStack(
-            self.model, slots, int(self.client_ranks.max()), trains=method.trains, beside_global=method.beside_global
+            self.model,
+            self._slots,
+            int(self.client_ranks.max()),
+            trains=method.trains,
+            beside_global=method.beside_global,
         )
         stack.attach()
         base = FoldedBase.of(self.model) if method.folds else None
@@ -346,7 +350,7 @@ class FederatedSketchTrainer(SFTTrainer):
                     f"Expected every process to see {self._feedback.folder}, found one that does not: put output_dir "
                     "on a disk that all machines share, or turn error_feedback off."
                 )
-        self._engine = RoundEngine(
+        self._engine = self._engine_class(
             plan=self._plan,
             layout=self.layout,
             method=method,
@@ -362,6 +366,20 @@ class FederatedSketchTrainer(SFTTrainer):
         self.rounds_done, self._bytes_up = 0, 0
         if self.publisher is not None:
             self.publisher.start()
+
+    @property
+    def _slots(self) -> int:
+        """Clients that this process holds at once."""
+        return min(self.layout.block_size, self.cohort_size)
+
+    def _interrupted(self) -> None:
+        """Called when an error ends `train()`, the global adapter as it was after the last whole round."""
+
+    def _close_run(self) -> None:
+        if self._engine is not None:
+            self._engine.stack.detach()
+            self._engine = None
+            self._ahead.shutdown()
 
     # ---- Overrides of the Trainer's hooks ----
 

@@ -1,5 +1,7 @@
 """Transforms of a client's update on its way to the server. A transform returns the update or refuses it."""
 
+from collections.abc import Callable
+
 import torch
 
 from .methods import ClientUpdate
@@ -7,6 +9,18 @@ from .methods import ClientUpdate
 
 class RefusedUpdate(Exception):
     """An update the server will not fold; its text is the reason in the round ledger."""
+
+
+def at_most(norm: float) -> Callable[[ClientUpdate], ClientUpdate]:
+    """Refuse an update whose Frobenius norm over all modules is larger than `norm`."""
+
+    def check_norm(update: ClientUpdate) -> ClientUpdate:
+        found = update.norm().item()
+        if found > norm:
+            raise RefusedUpdate(f"the norm of the update, {found:.3g}, is beyond the bound of {norm:g}")
+        return update
+
+    return check_norm
 
 
 def check_finite(update: ClientUpdate) -> ClientUpdate:

@@ -15,7 +15,7 @@ ROWS = [
     {"run", "callbacks", "round_scores", "subjects"},
     {"trainer"},
     {"launch", "scoring"},
-    {"comparison"},
+    {"comparison", "federation"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

@@ -1,0 +1,22 @@
+"""The Flower ClientApp: passes packets on to the process that holds this node's model, and its answers back.
+
+Flower starts a process for every message. This one loads neither torch nor the model: those stay where they are.
+"""
+
+from .flower import SOCKET, unwrap, wrap  # first: it checks Flower's version
+from .link import ask
+
+from flwr.app import Context, Message  # isort: skip
+from flwr.clientapp import ClientApp  # isort: skip
+
+app = ClientApp()
+
+
+@app.query()
+@app.train()
+def answer(message: Message, context: Context) -> Message:
+    path = context.node_config.get(SOCKET)
+    if not isinstance(path, str):
+        raise ValueError(f"Expected {SOCKET} in the node's configuration, found {sorted(context.node_config)}: start "
+                         "the node with recipes/federation/node.py.")  # fmt: skip
+    return Message(wrap(ask(path, unwrap(message.content))), reply_to=message)

@@ -1,0 +1,48 @@
+"""What both Flower apps need: Flower of a version that they were written for, and packets in its messages."""
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+MAJOR = 1  # of flwr
+SOCKET = "fslora-socket"  # key in a node's configuration: where the process that holds the model listens
+
+
+def check_flower() -> None:
+    """Refuse to go on without Flower, or with one of another major version.
+
+    Raises:
+        ImportError: says what was expected, what was found and how to mend it.
+    """
+    remedy = "pip install 'fslora_hf[flower]'"
+    try:
+        found = version("flwr")
+    except PackageNotFoundError:
+        raise ImportError(f"Expected flwr {MAJOR}, found none: {remedy}.") from None
+    number = re.match(r"\d+", found)
+    if number is None or int(number[0]) != MAJOR:
+        raise ImportError(f"Expected flwr {MAJOR}, found {found}: {remedy}.")
+
+
+check_flower()
+
+from flwr.app import Array, ArrayRecord, RecordDict  # noqa: E402
+
+KEY, FORMAT = "packet", "fslora_hf"
+
+
+def wrap(packet: bytes) -> RecordDict:
+    """A packet as the content of a message; Flower sends it in chunks, and checks them by their hashes."""
+    return RecordDict({KEY: ArrayRecord({KEY: Array("uint8", (len(packet),), FORMAT, packet)})})
+
+
+def unwrap(content: RecordDict) -> bytes:
+    """The packet in the content of a message.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        array = content.array_records[KEY][KEY]
+    except KeyError:
+        raise ValueError(f"Expected a message with a packet, found {sorted(content)}.") from None
+    return array.data

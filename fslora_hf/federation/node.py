@@ -1,0 +1,154 @@
+"""A node: one client, whose rows and model stay with it. Answers what the server asks."""
+
+import gc
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from ..adapter import global_pair
+from ..checks import raise_together
+from ..config import FederatedSketchConfig
+from ..data.sources import load_rows
+from ..launch import build_trainer, training_rows
+from ..methods import ClientAdapter
+from ..recipe import ModelArguments, RecipeArguments, build_settings
+from ..server import ServerState
+from .node_trainer import NodeTrainer
+from .packet import Packet, failed
+from .standing import Standing
+from .tensors import to_numpy, to_tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What a node decides for itself.
+
+    Attributes:
+        client_id: which client it is, a number from 0 on that no other node has.
+        data: its rows: a file, a folder or a data set, as a recipe's `dataset`. None: its client's part of the
+            recipe's own rows, for trying a federation out.
+        model: a folder or name in place of the recipe's `model_name_or_path`; the same model.
+        rank: what it can train; None leaves it to the recipe.
+        dtype: precision of its base model, in place of the recipe's.
+        device: `cpu`, or a GPU such as `cuda:1`; None: the recipe's.
+        folder: for whatever the trainer writes meanwhile.
+    """
+
+    client_id: int
+    folder: str
+    data: str | None = None
+    model: str | None = None
+    rank: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+
+
+class Node:
+    """Answers packets. The model is loaded at the first invitation and stays; another recipe loads it anew."""
+
+    def __init__(self, settings: NodeSettings):
+        self.settings = settings
+        self._recipe: Mapping[str, Any] | None = None
+        self._trainer: NodeTrainer | None = None
+        self._standing: Standing | None = None
+        self._frozen: dict[str, np.ndarray] = {}
+
+    def answer(self, packet: Packet) -> Packet:
+        """The answer to a packet; what goes wrong is an answer, too."""
+        try:
+            if packet.kind == "join":
+                return self._join(packet)
+            if packet.kind == "train":
+                return self._train(packet)
+            if packet.kind == "turned_away":
+                logger.warning("The server turned this node away: %s", packet.header.get("reason"))
+            return Packet({"kind": "noted"})
+        except Exception as error:  # the server is told, and the node goes on
+            logger.exception("A packet of kind %s could not be answered.", packet.kind)
+            return failed(f"{type(error).__name__}: {error}")
+
+    def _join(self, packet: Packet) -> Packet:
+        recipe = dict(packet.header["recipe"])
+        if recipe != self._recipe:
+            logger.warning("Loading the model and the rows of a new recipe.")
+            self._trainer = self._recipe = None
+            gc.collect()  # a trainer is a cycle, and its memory is needed for the next
+            self._trainer, self._standing = self._build(recipe)
+            self._recipe = recipe
+        rows = len(self._trainer.train_dataset)
+        logger.warning("Client %d is ready with %d examples.", self.settings.client_id, rows)
+        return Packet({"kind": "joined", "client_id": self.settings.client_id, "rank": self.settings.rank,
+                       "examples": rows, "standing": self._standing.to_header()})  # fmt: skip
+
+    def _build(self, values: dict[str, Any]) -> tuple[NodeTrainer, Standing]:
+        own = self.settings
+        types = (RecipeArguments, FederatedSketchConfig, ModelArguments)
+        rows = self._rows(*build_settings(types, values)[:2])
+        local = {name: value for name, value in values.items() if name != "min_examples"}
+        local |= {"output_dir": own.folder, "disable_tqdm": True, "report_to": "none"}
+        for name, value in (("model_name_or_path", own.model), ("dtype", own.dtype)):
+            if value is not None:
+                local[name] = value
+        if own.device is not None:
+            local["use_cpu"] = own.device == "cpu"
+            if own.device.startswith("cuda"):
+                torch.cuda.set_device(own.device)
+        recipe, args, model_args = build_settings(types, local)
+        # The widest that there can be: the rank of each round comes with it.
+        args.client_ranks = [own.rank or model_args.lora_r]
+        trainer = build_trainer(recipe, args, model_args, rows=rows, evaluates=False, trainer_class=NodeTrainer)
+        return trainer, Standing.of(args, model_args, trainer.processing_class)
+
+    def _rows(self, recipe: RecipeArguments, args: FederatedSketchConfig) -> Dataset:
+        column, client = args.client_id_column, self.settings.client_id
+        if self.settings.data is not None:
+            rows = load_rows(self.settings.data, "train", rows_per_task=recipe.train_rows_per_task, seed=args.seed)
+            rows = rows.remove_columns([column]) if column in rows.column_names else rows
+            return rows.add_column(column, np.full(len(rows), client))
+        rows = training_rows(recipe, args)
+        own = np.flatnonzero(np.asarray(rows[column]) == client)
+        if not len(own):
+            raise_together([f"Expected client {client} among the recipe's, found none of its rows: choose another "
+                            "client_id, or give the node data of its own."])  # fmt: skip
+        return rows.select(own)
+
+    def _train(self, packet: Packet) -> Packet:
+        header = packet.header
+        if self._trainer is None:
+            reason = "the node was started anew, and has yet to join"
+            return Packet({"kind": "failed", "reason": reason, "uninvited": True})
+        if header.get("notice"):
+            logger.warning("The last update was left out because %s.", header["notice"])
+        rank = int(header["rank"])
+        received = self._received(packet, rank)
+        logger.warning("Round %d: training at rank %d.", header["round"], rank)
+        result = self._trainer.train_round(int(header["round"]), received)
+        answer = {"kind": "update", "round": header["round"], "client_id": self.settings.client_id}
+        return Packet({**answer, "loss": result.loss}, to_numpy({"A": result.A, "B": result.B}))
+
+    def _received(self, packet: Packet, rank: int) -> ClientAdapter:
+        """The adapter to begin with: what came, or what the method makes of the global adapter that came."""
+        trainer, method = self._trainer, self._trainer.method
+        trainer.set_rank(rank)
+        pair = global_pair(trainer.model)
+        tensors = self._frozen | dict(packet.tensors)
+        frozen = [f"{side}." for side in "AB" if side not in method.trains]
+        self._frozen = {name: tensor for name, tensor in tensors.items() if name.startswith(tuple(frozen))}
+        halves = [
+            {module: to_tensor(tensors[f"{side}.{module}"], like) for module, like in own.items()}
+            for side, own in zip("AB", pair, strict=True)
+        ]
+        if not method.beside_global:
+            return ClientAdapter(*halves, float(packet.header["scale"]))
+        for own, came in zip(pair, halves, strict=True):
+            for module, tensor in came.items():
+                own[module].data.copy_(tensor)
+        (client,) = trainer.round_plan(int(packet.header["round"])).clients
+        return method.receive(ServerState(*pair), client, client.sketch)

@@ -1,0 +1,217 @@
+"""Who takes part in a federation: which node is which client, of which rank, with how many examples."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .exchange import Exchange, answers
+from .packet import Packet
+from .standing import Standing
+
+logger = logging.getLogger(__name__)
+
+ROSTER_NAME = "federation.json"  # in a run's folder
+CLAIM_SECONDS = 30.0  # for a node whose client another claims to say that it is still there
+
+
+class FederationError(RuntimeError):
+    """A federation that cannot go on; what it has learned is kept."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client of the federation.
+
+    Attributes:
+        client_id: which one.
+        examples: rows that it trains on.
+        rank: what it affords by its own word; None leaves it to the recipe.
+        node: the connected node that is this client; None while there is none.
+    """
+
+    client_id: int
+    examples: int
+    rank: int | None
+    node: int | None
+
+
+class Roster:
+    """The members of a federation. Nodes that connect are asked who they are, and are members once that fits.
+
+    Args:
+        exchange: carries the questions.
+        invitation: the question, which tells a node what is to be trained.
+        own: what the server trains with.
+        join_seconds: how long a node may take to answer; it loads its model meanwhile.
+    """
+
+    def __init__(self, exchange: Exchange, invitation: Packet, own: Standing, join_seconds: float):
+        self._exchange, self._invitation, self._own = exchange, invitation, own
+        self._join_seconds = join_seconds
+        self._asked: dict[Hashable, int] = {}
+        self._seen: set[int] = set()
+        self.members: dict[int, Member] = {}
+        self.turned_away: dict[int, str] = {}
+        self._closed = False
+        self._new: set[int] = set()
+
+    def wait(self, wanted: int | None, least: int, seconds: float) -> None:
+        """Let nodes join until there are as many as wanted, or, when so many seconds are over, at least `least`.
+
+        Raises:
+            FederationError: there are fewer, or two connected nodes are the same client.
+        """
+        end, told = time.monotonic() + seconds, None
+        while True:
+            self.refresh()
+            present = len(self.present())
+            if wanted is not None and present >= wanted:
+                return
+            if present != told:
+                most = "any number of" if wanted is None else wanted
+                logger.warning("%d of %s clients have joined; waiting %.0f s for more.", present, most,
+                               end - time.monotonic())  # fmt: skip
+                told = present
+            if time.monotonic() >= end:
+                break
+            time.sleep(min(self._exchange.poll_seconds, max(0.0, end - time.monotonic())))
+        if present < least:
+            raise FederationError(
+                f"Expected at least min_clients={least} clients within {seconds:g} s, found {present}"
+                f"{self._reasons()}: start more nodes, or lower min_clients."
+            )
+
+    def _reasons(self) -> str:
+        told = sorted({f"node {node} was turned away: {reason}" for node, reason in self.turned_away.items()})
+        return f" ({' '.join(told)})" if told else ""
+
+    def present(self) -> dict[int, Member]:
+        """The members whose node is connected, by client."""
+        return {client: member for client, member in self.members.items() if member.node is not None}
+
+    def close(self) -> None:
+        """Take no new clients from now on; nodes of those there are may come and go."""
+        self._closed = True
+
+    def refresh(self) -> None:
+        """Forget nodes that have left, ask new ones who they are, and take in what was answered."""
+        connected = self._exchange.nodes()
+        for client, member in self.present().items():
+            if member.node not in connected:
+                logger.warning("Client %d is gone: node %d is no longer connected.", client, member.node)
+                self.members[client] = Member(client, member.examples, member.rank, None)
+        self._seen &= connected
+        self._asked = {ticket: node for ticket, node in self._asked.items() if node in connected}
+        for node in sorted(connected - self._seen):
+            self._asked[self._exchange.send(node, self._invitation, self._join_seconds)] = node
+            self._seen.add(node)
+        for ticket, answer in self._exchange.receive(list(self._asked)).items():
+            self._take_in(self._asked.pop(ticket), answer)
+
+    def _take_in(self, node: int, answer: Packet | str) -> None:
+        reasons = [answer] if isinstance(answer, str) else list(self._objections(node, answer))
+        if not reasons:
+            header = answer.header
+            self.members[header["client_id"]] = Member(header["client_id"], header["examples"], header["rank"], node)
+            self.turned_away.pop(node, None)
+            self._new.add(node)
+            logger.warning("Client %d has joined: node %d, %d examples.", header["client_id"], node,
+                           header["examples"])  # fmt: skip
+            return
+        self.turned_away[node] = " ".join(reasons)
+        logger.warning("Node %d was turned away: %s", node, self.turned_away[node])
+        if isinstance(answer, Packet) and answer.kind == "joined":
+            notice = Packet({"kind": "turned_away", "reason": self.turned_away[node]})
+            self._exchange.send(node, notice, self._join_seconds)
+
+    def _objections(self, node: int, answer: Packet):
+        """Why a node that answered cannot be a member, a sentence each."""
+        header = answer.header
+        if answer.kind != "joined":
+            yield str(header.get("reason", f"it answered with a packet of kind {answer.kind}"))
+            return
+        client, examples, rank = (header.get(name) for name in ("client_id", "examples", "rank"))
+        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (client, examples, rank or 1))
+        if not whole or client < 0 or examples < 1 or (rank is not None and rank < 1):
+            yield (f"Expected a client from 0 on, at least one example and a rank from 1 on, found {client}, "
+                   f"{examples} and {rank}: correct the node's settings.")  # fmt: skip
+            return
+        yield from self._own.differences(header.get("standing") or {})
+        known = self.members.get(client)
+        if known is None and self._closed:
+            yield f"Expected a client of the run that is under way, found client {client}: join the next run."
+        elif known is not None and known.node not in (None, node) and self._still_there(known.node):
+            yield (f"Expected every client on one node, found client {client} on node {known.node} and on node "
+                   f"{node}: give one of them another client_id.")  # fmt: skip
+        elif known is not None and self._closed and (known.examples, known.rank) != (examples, rank):
+            yield (f"Expected client {client} with {known.examples} examples and rank {known.rank} as when the run "
+                   f"began, found {examples} and {rank}: restore them, or start a new run.")  # fmt: skip
+
+    def _still_there(self, node: int) -> bool:
+        ticket = self._exchange.send(node, Packet({"kind": "ping"}), CLAIM_SECONDS)
+        return any(isinstance(answer, Packet) for _, answer in answers(self._exchange, {node: ticket}, CLAIM_SECONDS))
+
+    # ---- The run's own clients ----
+
+    def save(self, folder: Path) -> None:
+        """Write who the run's clients are; a run that is resumed has the same."""
+        rows = [{"client_id": m.client_id, "examples": m.examples, "rank": m.rank} for m in self.ordered()]
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{ROSTER_NAME}.partial"
+        partial.write_text(json.dumps({"clients": rows}, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, folder / ROSTER_NAME)
+
+    def restore(self, folder: Path) -> bool:
+        """Read what `save` wrote, as clients whose nodes are still to come; returns whether there was anything."""
+        path = folder / ROSTER_NAME
+        if not path.is_file():
+            return False
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["clients"]
+        self.members = {row["client_id"]: Member(row["client_id"], row["examples"], row["rank"], None) for row in rows}
+        self.close()
+        return True
+
+    def ordered(self) -> list[Member]:
+        return [self.members[client] for client in sorted(self.members)]
+
+    def ranks(self, recipe_rank: Callable[[int], int | None]) -> list[int]:
+        """The ranks of the clients by ascending id: by their own word, else the recipe's.
+
+        Raises:
+            FederationError: there is neither.
+        """
+        ranks = [member.rank or recipe_rank(member.client_id) for member in self.ordered()]
+        lacking = [member.client_id for member, rank in zip(self.ordered(), ranks, strict=True) if rank is None]
+        if lacking:
+            raise FederationError(f"Expected a rank of every client, found none of client {lacking[0]}, which the "
+                                  "recipe does not have: give its node a rank.")  # fmt: skip
+        return ranks
+
+    def owners(self) -> np.ndarray:
+        """Whose each example is, int64 `[examples]`: all that the server knows of the data."""
+        return np.repeat([m.client_id for m in self.ordered()], [m.examples for m in self.ordered()]).astype(np.int64)
+
+    def node_of(self, client: int) -> int | None:
+        member = self.members.get(client)
+        return None if member is None else member.node
+
+    def is_new(self, node: int) -> bool:
+        """Whether a node has joined since this was last asked of it."""
+        is_new = node in self._new
+        self._new.discard(node)
+        return is_new
+
+    def invite_again(self, node: int) -> None:
+        """Ask a node anew who it is: it was started again, unseen."""
+        self._seen.discard(node)
+
+    def clients_of(self, nodes: Collection[int]) -> dict[int, int]:
+        """Node -> its client, of those nodes that are members'."""
+        return {member.node: client for client, member in self.members.items() if member.node in nodes}

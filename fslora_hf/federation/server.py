@@ -1,0 +1,156 @@
+"""A federated run on its server: from a recipe to the trained adapter, over whatever carries packets to the nodes."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from ..config import FederatedSketchConfig
+from ..launch import build_trainer, finish
+from ..methods import method_class
+from ..recipe import ModelArguments, RecipeArguments, build_settings, read_file, read_flags
+from ..run import ranks_of_clients
+from ..settings import SettingsError, field_problems, is_a, sentence
+from .exchange import Exchange
+from .packet import Packet
+from .remote import FederationTrainer, RoundRules
+from .roster import Roster
+from .standing import Standing
+
+logger = logging.getLogger(__name__)
+
+# Settings of a recipe that are the server's business, and of which no node is told.
+_SERVER_ONLY = (
+    "clients_per_round client_ranks rank_distribution min_rank max_rank save_rounds save_total_limit eval_rounds "
+    "eval_on_start push_to_hub push_rounds push_resume_state hub_model_id hub_revision hub_token hub_private_repo "
+    "hub_deadline upload_budget logging_steps logging_first_step report_to resume_from_checkpoint disable_tqdm "
+    "per_device_train_clients output_dir eval_rows_per_task"
+).split()
+RECIPE_TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
+
+
+@dataclass
+class FederationArguments:
+    """How a federation is run; what it computes is the recipe's.
+
+    Raises:
+        SettingsError: a ValueError with one line for each setting that cannot work.
+    """
+
+    recipe: str = field(default="", metadata={"help": "A recipe's YAML file, on the server."})
+    overrides: str = field(default="", metadata={"help": "Settings over the recipe's: --num_rounds 5 ..."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+    clients: int | None = field(
+        default=None, metadata={"help": "Clients to wait for before the first round. None: the recipe's num_clients."}
+    )
+    min_clients: int = field(default=1, metadata={"help": "Clients to begin with, and updates of a round, at least."})
+    join_deadline_s: float = field(default=600.0, metadata={"help": "Seconds that nodes have to join."})
+    round_deadline_s: float = field(default=3600.0, metadata={"help": "Seconds that a round's clients have."})
+    max_update_norm: float | None = field(
+        default=None, metadata={"help": "Refuse updates of a larger Frobenius norm. None: no bound."}
+    )
+
+    def __post_init__(self):
+        problems = field_problems(self)
+        if not self.recipe:
+            problems["recipe"] = sentence("recipe", "a YAML file", self.recipe, "name one")
+        for name in ("clients", "min_clients"):
+            if is_a(getattr(self, name), int) and getattr(self, name) < 1:
+                problems.setdefault(name, sentence(name, "at least 1", getattr(self, name), "raise it"))
+        for name in ("join_deadline_s", "round_deadline_s", "max_update_norm"):
+            value = getattr(self, name)
+            if is_a(value, float) and not value > 0:
+                problems.setdefault(name, sentence(name, "above 0", value, "raise it"))
+        if problems:
+            raise SettingsError(list(problems.values()))
+
+
+def read_recipe(federation: FederationArguments) -> dict[str, Any]:
+    """The recipe's settings with the overrides in their place, as plain values."""
+    values = read_file(RECIPE_TYPES, federation.recipe)
+    return values | read_flags(RECIPE_TYPES, federation.overrides.split())
+
+
+def check_recipe(args: FederatedSketchConfig, min_clients: int) -> Iterator[str]:
+    """What a federation cannot do that the simulator can, a sentence each."""
+    if args.clients_per_round is not None and min_clients > args.clients_per_round:
+        yield (f"Expected min_clients of at most clients_per_round={args.clients_per_round}, found {min_clients}: "
+               "lower it, or raise clients_per_round.")  # fmt: skip
+    if method_class(args.method).folds:
+        yield (f"Expected a method that leaves the base model as it is, found method={args.method}, which would "
+               "change it on every node: use flora_residual, or simulate.")  # fmt: skip
+    if args.upload_top_k is not None:
+        yield (f"Expected upload_top_k to be unset in a federation, found {args.upload_top_k}: whole updates are "
+               "sent; remove it, or simulate.")  # fmt: skip
+
+
+def run_federation(federation: FederationArguments, exchange: Exchange) -> str:
+    """Run a federation to its end; returns its ledger as a table.
+
+    Raises:
+        SettingsError: settings that cannot work, before anything is loaded.
+        FederationError: too few nodes joined or answered; the rounds before are kept.
+    """
+    values = read_recipe(federation)
+    recipe, args, model_args = build_settings(RECIPE_TYPES, values)
+    problems = list(check_recipe(args, federation.min_clients))
+    if problems:
+        raise SettingsError(problems)
+    roster = _gather(federation, exchange, values)
+    _fit_to(roster, recipe, args, model_args)
+    rules = RoundRules(federation.round_deadline_s, federation.min_clients, federation.max_update_norm)
+    trainer = build_trainer(
+        recipe,
+        args,
+        model_args,
+        trainer_class=partial(FederationTrainer, exchange, roster, rules),
+        rows=placeholder_rows(roster, args.client_id_column),
+    )
+    # The process's own command line is Flower's, and holds a token.
+    trainer.card_facts = {**trainer.card_facts, "command": "flwr run recipes/federation/app",
+                          "data": f"{len(trainer.train_dataset):,} rows of {len(roster.members)} clients"}  # fmt: skip
+    trainer.train(resume_from_checkpoint=True if federation.resume else None)
+    return finish(trainer)
+
+
+def _gather(federation: FederationArguments, exchange: Exchange, values: dict[str, Any]) -> Roster:
+    """The clients of the run, once enough of their nodes have joined."""
+    recipe, args, model_args = build_settings(RECIPE_TYPES, values)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    own = Standing.of(args, model_args, tokenizer)
+    told = {name: value for name, value in values.items() if name not in _SERVER_ONLY}
+    roster = Roster(exchange, Packet({"kind": "join", "recipe": told}), own, federation.join_deadline_s)
+    if federation.resume and roster.restore(Path(args.output_dir)):
+        roster.wait(len(roster.members), federation.min_clients, federation.join_deadline_s)
+    else:
+        roster.wait(federation.clients or recipe.num_clients, federation.min_clients, federation.join_deadline_s)
+        roster.close()
+    return roster
+
+
+def _fit_to(roster: Roster, recipe: RecipeArguments, args: FederatedSketchConfig, model_args: ModelArguments) -> None:
+    """Make the run's settings those of the clients that there are."""
+    count = recipe.num_clients or 0
+    known = ranks_of_clients(args, count, model_args.lora_r) if count else np.zeros(0, dtype=np.int64)
+    ranks = roster.ranks(lambda client: int(known[client]) if client < len(known) else None)
+    args.client_ranks, args.min_rank, args.max_rank = ranks, None, None
+    args.rank_distribution = FederatedSketchConfig.__dataclass_fields__["rank_distribution"].default
+    if args.clients_per_round is not None and args.clients_per_round > len(ranks):
+        logger.warning("All %d clients take part in every round: clients_per_round=%d are not there.", len(ranks),
+                       args.clients_per_round)  # fmt: skip
+        args.clients_per_round = None
+    args.per_device_train_clients = 1
+    args.disable_tqdm = True  # a line a round, which a log can hold, in place of a bar
+
+
+def placeholder_rows(roster: Roster, column: str) -> Dataset:
+    """A row of two tokens for each example of the federation, that says whose it is."""
+    owners = roster.owners()
+    tokens = np.ones((len(owners), 2), dtype=np.int64)
+    return Dataset.from_dict({"input_ids": tokens, "labels": tokens, column: owners})

@@ -1,0 +1,68 @@
+"""The Flower ServerApp: a federated run over the nodes of a SuperLink."""
+
+import logging
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from .flower import unwrap, wrap  # first: it checks Flower's version
+
+from flwr.app import Context, Message, MessageType  # isort: skip
+from flwr.serverapp import Grid, ServerApp  # isort: skip
+
+from .packet import Packet, PacketError
+from .server import FederationArguments, run_federation
+
+logger = logging.getLogger(__name__)
+
+app = ServerApp()
+
+
+class FlowerExchange:
+    """Packets as Flower's messages, one each."""
+
+    poll_seconds = 0.5
+
+    def __init__(self, grid: Grid):
+        self._grid = grid
+
+    def nodes(self) -> set[int]:
+        return set(self._grid.get_node_ids())
+
+    def send(self, node: int, packet: Packet, seconds: float) -> Hashable:
+        kind = MessageType.TRAIN if packet.kind == "train" else MessageType.QUERY
+        group = str(packet.header.get("round", packet.kind))
+        message = Message(wrap(packet.to_bytes()), node, kind, ttl=seconds, group_id=group)
+        (ticket,) = self._grid.push_messages([message])
+        return ticket
+
+    def receive(self, tickets: Collection[Hashable]) -> dict[Hashable, Packet | str]:
+        if not tickets:
+            return {}
+        come: dict[Hashable, Packet | str] = {}
+        for reply in self._grid.pull_messages(list(tickets)):
+            come[reply.metadata.reply_to_message_id] = _read(reply)
+        return come
+
+
+def _read(reply: Message) -> Packet | str:
+    if reply.has_error():
+        return f"the node answered with an error: {reply.error.reason}"
+    try:
+        return Packet.from_bytes(unwrap(reply.content))
+    except (PacketError, ValueError) as error:
+        return str(error)
+
+
+def read_run_config(run_config: Mapping[str, Any]) -> FederationArguments:
+    """The settings of a federation from Flower's; an empty text or 0 stands for the default, as TOML has no none."""
+    given = {key.replace("-", "_"): value for key, value in run_config.items()}
+    settings = {each.name: given[each.name] for each in fields(FederationArguments) if given.get(each.name)}
+    return FederationArguments(**settings)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("fslora_hf").setLevel(logging.INFO)
+    print(run_federation(read_run_config(context.run_config), FlowerExchange(grid)), flush=True)

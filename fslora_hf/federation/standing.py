@@ -1,0 +1,109 @@
+"""What the server and its nodes must have in common, and how it is told when they have not."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from ..config import FederatedSketchConfig
+from ..recipe import ModelArguments
+from ..run import DEFINING_ARGUMENTS
+
+# Of a model's configuration, what says nothing about which model it is.
+_PASSING = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
+_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+_OF_THE_FEDERATION = {"rank_distribution", "min_rank", "max_rank"}  # the server's, and each node's own rank
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a process would train with.
+
+    Attributes:
+        version: of fslora_hf.
+        base: a hash of the base model's files; in which precision they are loaded is not part of it.
+        tokenizer: a hash of the tokenizer and its chat template.
+        configuration: the settings that decide what is computed.
+    """
+
+    version: str
+    base: str
+    tokenizer: str
+    configuration: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, args: FederatedSketchConfig, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
+    ) -> "Standing":
+        values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS if name not in _OF_THE_FEDERATION}
+        values |= {name: getattr(model_args, name) for name in _LORA}
+        values["examples a local step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        values = json.loads(json.dumps(values, default=str))
+        base = digest_base(model_args.model_name_or_path, model_args.model_revision)
+        return cls(version("fslora_hf"), base, digest_tokenizer(tokenizer), values)
+
+    def to_header(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def differences(self, node: Mapping[str, Any]) -> Iterator[str]:
+        """A sentence for each thing in which a node's standing, as in its header, is another than this server's."""
+        for name, what, remedy in (
+            ("version", "fslora_hf", "install the server's on the node"),
+            ("base", "the base model", "give the node the server's model"),
+            ("tokenizer", "the tokenizer", "give the node the server's model folder"),
+        ):
+            if node.get(name) != getattr(self, name):
+                yield (f"Expected {what} {_short(getattr(self, name))} as on the server, found "
+                       f"{_short(node.get(name))}: {remedy}.")  # fmt: skip
+        found = node.get("configuration")
+        found = found if isinstance(found, Mapping) else {}
+        for key in sorted({*self.configuration, *found}):
+            if self.configuration.get(key) != found.get(key):
+                yield (f"Expected {key} {self.configuration.get(key)!r} as on the server, found {found.get(key)!r}: "
+                       "remove what sets it on the node.")  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    return str(value)[:16]
+
+
+def digest_base(model: str, revision: str = "main") -> str:
+    """SHA-256 over a model's configuration and weight files, in hex.
+
+    Args:
+        model: a folder, or the name of a model on the Hub.
+
+    Raises:
+        OSError: there are no such files.
+    """
+    folder = Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json", revision=revision)).parent
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(
+        json.dumps({key: config[key] for key in sorted(config.keys() - _PASSING)}, sort_keys=True).encode()
+    )
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise OSError(f"Expected weights (*.safetensors) in {folder}, found none: name a folder that holds a model.")
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what a tokenizer does to text, in hex."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    # Truncation and padding are the caller's, and set while it works.
+    rules = json.loads(rules)
+    for passing in ("truncation", "padding"):
+        rules.pop(passing, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,240 @@
+"""A federation gives the simulator's adapter; what its server and its nodes tell each other, and what they keep."""
+
+import gc
+import json
+import math
+
+import numpy as np
+import pytest
+
+from fslora_hf.federation.packet import Packet
+from fslora_hf.federation.roster import FederationError
+from fslora_hf.settings import SettingsError
+from fslora_hf.updates import RefusedUpdate
+from tests import federated, reference
+from tests.worker_train import check_same_ledger, ledger
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return federated.write_model_and_rows(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def kept_nodes(source):
+    """Nodes that all tests share, and that load anew what a recipe changes."""
+    gc.freeze()  # a round collects garbage, for which all that was imported so far need not be looked through
+    yield federated.make_nodes(source)
+    gc.unfreeze()
+
+
+@pytest.fixture
+def nodes(kept_nodes):
+    return dict(kept_nodes)
+
+
+FULL = {"client_ranks": [6, 6, 6, 6], "server_optim": "sgd"}
+PLAIN = {"server_optim": "sgd"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sketch_scope": "model", "client_weighting": "num_examples", "gradient_accumulation_steps": 2},
+        {"method": "fedit", **FULL},
+        {"method": "ffa_lora", **FULL},
+        {"method": "hetlora", **PLAIN},
+        {"method": "flexlora", **PLAIN},
+        {"method": "flora_residual", **PLAIN},
+        {"client_ranks": None, "rank_distribution": "uniform", "eval_rounds": 2},
+    ],
+    ids=lambda settings: settings.get("method") or "-".join(settings) or "fslora",
+)
+def test_a_federation_gives_the_simulators_adapter(tmp_path, source, nodes, settings):
+    recipe = federated.write_recipe(source, tmp_path, **settings)
+    federated.simulate(recipe, tmp_path / "simulated")
+    table = federated.federate(recipe, federated.LocalExchange(nodes))
+    adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
+    assert reference.max_difference(*adapters) < 1e-9
+    check_same_ledger(tmp_path / "run", tmp_path / "simulated")
+    assert len(table.splitlines()) > 3 and (tmp_path / "run" / "rounds.png").exists()
+
+
+@pytest.fixture
+def recipe(source, tmp_path):
+    return federated.write_recipe(source, tmp_path, clients_per_round=None, server_optim="sgd")
+
+
+def faulty(node, change, rounds=(1,)):
+    """A node whose update of these rounds is what `change` makes of it."""
+
+    def answer(packet):
+        good = node(packet)
+        if packet.kind != "train" or packet.header["round"] not in rounds:
+            return good
+        return change(good)
+
+    return answer
+
+
+def with_tensor(make):
+    def change(packet):
+        name = min(packet.tensors)
+        return Packet(packet.header, {**packet.tensors, name: make(packet.tensors[name])})
+
+    return change
+
+
+FAULTS = {
+    "nan": (with_tensor(lambda x: x * np.nan), "the update is not finite"),
+    "infinity": (with_tensor(lambda x: x + np.inf), "the update is not finite"),
+    "shape": (with_tensor(lambda x: x[:, :-1]), "of shape"),
+    "dtype": (with_tensor(lambda x: x.astype(np.float16)), "as float16, not float64"),
+    "norm": (with_tensor(lambda x: x + 1e9), "is beyond the bound of 1000"),
+    "lacks": (lambda p: Packet(p.header, dict(list(p.tensors.items())[1:])), "the update lacks"),
+    "surplus": (lambda p: Packet(p.header, {**p.tensors, "A.other": np.ones(2)}), "A.other, which was not asked for"),
+    "round": (lambda p: Packet({**p.header, "round": 0}, p.tensors), "the update is of round 0"),
+    "failed": (lambda p: Packet({"kind": "failed", "reason": "out of memory"}), "out of memory"),
+    "kind": (lambda p: Packet({"kind": "other"}), "a packet of kind other"),
+    "no packet": (lambda p: "the node answered with an error: boom", "boom"),
+    "silent": (lambda p: None, "it did not answer within 0.2 s"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_sound_is_left_out_told_and_asked_for_again(tmp_path, recipe, nodes, fault):
+    change, reason = FAULTS[fault]
+    nodes[102] = faulty(nodes[102], change)
+    exchange = federated.LocalExchange(nodes)
+    federated.federate(recipe, exchange, max_update_norm=1000.0)
+    rounds = ledger(tmp_path / "run")
+    assert [len(line["refused"]) for line in rounds] == ([0, 1, 1] if fault == "silent" else [0, 1, 0])
+    (refused,) = rounds[1]["refused"]
+    assert refused["client_id"] == 2 and reason in refused["reason"]
+    assert rounds[1]["weights"] == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3])
+    assert sum(rounds[2]["weights"]) == pytest.approx(1)
+    asked = [packet for node, packet in exchange.sent if node == 102 and packet.kind == "train"]
+    if fault == "silent":  # left in peace for a round; the bytes that went nowhere are not counted
+        assert rounds[2]["refused"][0]["reason"] == "it missed its last deadline; it is asked again in round 3"
+        assert len(asked) == 2 and rounds[1]["bytes_up"] < rounds[0]["bytes_up"] == rounds[0]["bytes_down"]
+        assert rounds[2]["bytes_down"] == rounds[2]["bytes_up"]
+    else:
+        assert [packet.header["notice"] for packet in asked] == [None, None, refused["reason"]]
+    assert all(math.isfinite(value) for pair in federated.saved_adapter(tmp_path / "run").values()
+               for half in pair for value in (half.min().item(), half.max().item()))  # fmt: skip
+
+
+def test_a_round_without_a_client_is_the_simulators_that_refuses_it(tmp_path, recipe, nodes, monkeypatch):
+    """The others' weights are renormalised, and nothing else changes."""
+    nodes[102] = faulty(nodes[102], lambda packet: None, rounds=(0, 1, 2))
+    federated.federate(recipe, federated.LocalExchange(nodes))
+
+    def refuse_third(update):
+        if update.position == 2:
+            raise RefusedUpdate("of the test")
+        return update
+
+    monkeypatch.setattr("fslora_hf.trainer.check_finite", refuse_third)
+    federated.simulate(recipe, tmp_path / "simulated")
+    adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
+    assert reference.max_difference(*adapters) < 1e-9
+
+
+def test_too_few_updates_end_the_run_with_every_whole_round_kept(tmp_path, recipe, nodes):
+    federated.simulate(recipe, tmp_path / "simulated")
+    broken = {number: faulty(node, FAULTS["nan"][0], rounds=(2,)) for number, node in nodes.items()}
+    with pytest.raises(FederationError, match="at least min_clients=2 clients in round 2 .* found 0 .client 0: the"):
+        federated.federate(recipe, federated.LocalExchange(broken), min_clients=2)
+    assert [line["round"] for line in ledger(tmp_path / "run")] == [0, 1]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert json.loads((checkpoint / "federated_state.json").read_text())["round"] == 2
+    federated.federate(recipe, federated.LocalExchange(nodes), min_clients=2, resume=True)
+    adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
+    assert reference.max_difference(*adapters) < 1e-9
+    check_same_ledger(tmp_path / "run", tmp_path / "simulated")
+
+
+def test_a_run_that_is_not_resumed_leaves_another_as_it_is(tmp_path, recipe, nodes):
+    exchange = federated.LocalExchange(nodes)
+    federated.federate(recipe, exchange)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="Expected an output_dir without a run"):
+        federated.federate(recipe, federated.LocalExchange(dict(list(exchange.nodes_by_number.items())[:3])))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_node_that_was_started_anew_rejoins(tmp_path, recipe, nodes):
+    """Unseen by the exchange, as when it comes back at once under its old number, and seen, under another."""
+    federated.simulate(recipe, tmp_path / "simulated")
+    exchange = federated.LocalExchange(nodes)
+    fresh = federated.make_nodes(tmp_path, clients=[1, 2])
+    original = nodes[103]
+
+    def restart_others(packet):
+        if packet.kind == "train" and packet.header["round"] == 0:
+            exchange.nodes_by_number[101] = fresh[101]
+            del exchange.nodes_by_number[102]
+            exchange.nodes_by_number[202] = fresh[102]
+        return original(packet)
+
+    exchange.nodes_by_number[103] = restart_others
+    federated.federate(recipe, exchange)
+    rounds = ledger(tmp_path / "run")
+    assert [[one["client_id"] for one in line["refused"]] for line in rounds] == [[], [1], []]
+    assert "started anew" in rounds[1]["refused"][0]["reason"]
+
+
+def test_nothing_but_what_is_needed_crosses_the_wire(tmp_path, recipe, nodes):
+    """No rows, no tokens, no other client's update, and of the global pair no more than the client's part."""
+    exchange = federated.LocalExchange(nodes)
+    federated.federate(recipe, exchange)
+    ranks = federated.SETTINGS["client_ranks"]
+    headers = {"train": {"protocol", "kind", "round", "client_id", "rank", "scale", "notice"},
+               "join": {"protocol", "kind", "recipe"},
+               "update": {"protocol", "kind", "round", "client_id", "loss"},
+               "joined": {"protocol", "kind", "client_id", "rank", "examples", "standing"}}  # fmt: skip
+    for node, packet in [*exchange.sent, *exchange.came]:
+        assert set(packet.header) | {"protocol"} == headers[packet.kind]
+        rank = ranks[node - 100]
+        for name, tensor in packet.tensors.items():
+            assert packet.kind in ("train", "update")
+            assert tensor.shape[0 if name.startswith("A.") else 1] == rank and packet.header["client_id"] == node - 100
+    joined = [packet for _, packet in exchange.came if packet.kind == "joined"]
+    assert set(joined[0].header["standing"]) == {"version", "base", "tokenizer", "configuration"}
+    measured = {"train": 0, "update": 0}
+    for packet in [p for _, p in exchange.sent + exchange.came if p.kind in measured and p.header["round"] == 1]:
+        measured[packet.kind] += sum(tensor.nbytes for tensor in packet.tensors.values())
+    line = ledger(tmp_path / "run")[1]
+    assert (measured["train"], measured["update"]) == (line["bytes_down"], line["bytes_up"])
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("--method flora --server_optim sgd", "leaves the base model as it is, found method=flora"),
+        ("--upload_top_k 0.5", "upload_top_k to be unset in a federation, found 0.5"),
+        ("--num_rounds 0", "num_rounds to be at least 1"),
+        ("--clients_per_round 2", "Expected min_clients of at most clients_per_round=2, found 3"),
+    ],
+)
+def test_what_a_federation_cannot_do_is_told_before_anything_is_loaded(recipe, overrides, message):
+    exchange = federated.LocalExchange({})
+    with pytest.raises(SettingsError, match=message):
+        federated.federate(recipe, exchange, overrides=overrides, min_clients=3)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"recipe": ""}, "Expected recipe to be a YAML file"),
+        ({"min_clients": 0}, "Expected min_clients to be at least 1, found 0"),
+        ({"round_deadline_s": 0.0}, "Expected round_deadline_s to be above 0"),
+        ({"max_update_norm": -1.0}, "Expected max_update_norm to be above 0"),
+    ],
+)
+def test_wrong_settings_of_a_federation_are_told(settings, message):
+    from fslora_hf.federation.server import FederationArguments
+
+    with pytest.raises(SettingsError, match=message):
+        FederationArguments(**{"recipe": "some.yaml"} | settings)

@@ -1,0 +1,248 @@
+"""The parts of a federation on their own: packets, the link on a node, what must be equal, and who may join."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fslora_hf.federation import flower, link
+from fslora_hf.federation.packet import Packet, PacketError
+from fslora_hf.federation.roster import FederationError, Roster
+from fslora_hf.federation.server_app import read_run_config
+from fslora_hf.federation.standing import Standing, digest_base, digest_tokenizer
+from tests import federated, tiny
+
+# ---- Packets ----
+
+
+def test_a_packet_comes_out_as_it_went_in():
+    tensors = {"A.x": np.arange(6.0).reshape(2, 3)[:, ::2], "B.x": np.float32([[1.5]]), "empty": np.zeros((0, 3))}
+    packet = Packet({"kind": "train", "round": 3, "notice": None, "text": "é"}, tensors)
+    again = Packet.from_bytes(packet.to_bytes())
+    assert again.kind == "train" and dict(again.header) == {"protocol": 1, **packet.header}
+    assert again.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again.tensors[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(again.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("blob", [b"", b"\0" * 7, b"x" * 100, Packet({}).to_bytes()[:-3] + b"}}}"])
+def test_bytes_that_are_no_packet_are_told(blob):
+    with pytest.raises(PacketError, match="Expected a packet, found bytes that cannot be read"):
+        Packet.from_bytes(blob)
+
+
+def test_another_protocol_is_told(monkeypatch):
+    monkeypatch.setattr("fslora_hf.federation.packet.PROTOCOL", 7)
+    blob = Packet({"kind": "join"}).to_bytes()
+    monkeypatch.undo()
+    with pytest.raises(PacketError, match="Expected packets of protocol 1, found 7: use the same fslora_hf"):
+        Packet.from_bytes(blob)
+
+
+# ---- The link ----
+
+
+def test_packets_reach_the_process_that_holds_the_model():
+    with tempfile.TemporaryDirectory() as folder:
+        path, stop = f"{folder}/link/socket", threading.Event()
+
+        def alive():
+            if stop.is_set():
+                raise KeyboardInterrupt
+
+        def serve():
+            with pytest.raises(KeyboardInterrupt):
+                link.serve(path, lambda packet: packet[::-1], alive)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        end = time.monotonic() + 10
+        while not os.path.exists(path) and time.monotonic() < end:
+            time.sleep(0.01)
+        large = os.urandom(3_000_000)
+        assert link.ask(path, b"abc") == b"cba" and link.ask(path, large) == large[::-1] and link.ask(path, b"") == b""
+        assert os.stat(f"{folder}/link").st_mode & 0o077 == 0
+        stop.set()
+        thread.join(10)
+        with pytest.raises(link.LinkError, match="it has ended; start the node anew"):
+            link.ask(path, b"abc")
+
+
+def test_a_folder_that_others_may_enter_is_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        with pytest.raises(link.LinkError, match="to be its owner's alone, found it open to others"):
+            link.serve(f"{folder}/socket", bytes)
+
+
+def test_what_passes_packets_on_loads_no_torch():
+    code = "import sys, fslora_hf.federation.client_app; print('torch' in sys.modules)"
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True)
+    assert done.stdout.split() == [b"False"], done.stderr
+
+
+# ---- Flower ----
+
+
+@pytest.mark.parametrize("found, message", [(None, "Expected flwr 1, found none"), ("2.0.1", "found 2.0.1")])
+def test_another_flower_is_told(monkeypatch, found, message):
+    def version(name):
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(flower, "version", version)
+    with pytest.raises(ImportError, match=f"{message}: pip install 'fslora_hf.flower.'"):
+        flower.check_flower()
+
+
+def test_settings_are_read_as_flower_gives_them():
+    read = read_run_config({"recipe": "r.yaml", "overrides": "", "clients": 0, "min-clients": 2,
+                            "max-update-norm": 0.0, "round-deadline-s": 5.0, "resume": False})  # fmt: skip
+    assert (read.recipe, read.overrides, read.clients, read.min_clients) == ("r.yaml", "", None, 2)
+    assert (read.max_update_norm, read.round_deadline_s, read.join_deadline_s, read.resume) == (
+        None,
+        5.0,
+        600.0,
+        False,
+    )
+
+
+# ---- What must be equal ----
+
+
+def test_a_base_is_known_by_its_weights_and_not_by_its_precision(tmp_path):
+    digests = []
+    for number, seed in enumerate((0, 0, 1)):
+        folder = tmp_path / str(number)
+        tiny.base_model(torch.float32, seed).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"dtype": "bfloat16", "transformers_version": "0"} if number == 1 else {}
+        (folder / "config.json").write_text(json.dumps(config))
+        digests.append(digest_base(str(folder)))
+    assert digests[0] == digests[1] != digests[2]
+    (tmp_path / "0" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="Expected weights"):
+        digest_base(str(tmp_path / "0"))
+
+
+def test_a_tokenizer_is_known_by_what_it_does_and_not_by_what_it_was_last_used_for():
+    first, used, other = tiny.tokenizer(), tiny.tokenizer(), tiny.tokenizer()
+    used("w1 w2", max_length=1, truncation=True, padding="max_length")
+    other.add_tokens(["new"])
+    assert digest_tokenizer(first) == digest_tokenizer(used) != digest_tokenizer(other)
+    templated = tiny.tokenizer()
+    templated.chat_template = "{{ messages }}"
+    assert digest_tokenizer(first) != digest_tokenizer(templated)
+
+
+OWN = Standing("0.1.0", "b" * 64, "t" * 64, {"learning_rate": 0.01, "optim": "sgd"})
+
+
+def joined(client, examples=3, rank=2, **standing):
+    header = {"kind": "joined", "client_id": client, "examples": examples, "rank": rank}
+    return Packet({**header, "standing": OWN.to_header() | standing})
+
+
+def roster_of(answers, **settings):
+    """A roster, its exchange, and the exchange's nodes: number -> answer to the invitation."""
+    nodes = {node: lambda packet, given=given: given if packet.kind == "join" else Packet({"kind": "noted"})
+             for node, given in answers.items()}  # fmt: skip
+    exchange = federated.LocalExchange(nodes)
+    return Roster(exchange, Packet({"kind": "join"}), OWN, join_seconds=0.05), exchange
+
+
+@pytest.mark.parametrize(
+    "standing, message",
+    [
+        ({"base": "c" * 64}, "Expected the base model bbbbbbbbbbbbbbbb as on the server, found cccccccccccccccc"),
+        ({"tokenizer": None}, "Expected the tokenizer tttttttttttttttt as on the server, found None"),
+        ({"version": "0.2.0"}, "Expected fslora_hf 0.1.0 as on the server, found 0.2.0"),
+        ({"configuration": {"optim": "sgd", "learning_rate": 0.5}}, "Expected learning_rate 0.01 as on the server, "
+         "found 0.5"),
+        ({"configuration": None}, "Expected learning_rate 0.01 as on the server, found None"),
+    ],
+)  # fmt: skip
+def test_a_node_that_differs_is_turned_away_and_told(standing, message):
+    roster, exchange = roster_of({7: joined(0, **standing), 8: joined(1)})
+    roster.refresh()
+    assert list(roster.members) == [1] and message in roster.turned_away[7]
+    ((node, notice),) = [(node, packet) for node, packet in exchange.sent if packet.kind == "turned_away"]
+    assert node == 7 and notice.header["reason"] == roster.turned_away[7]
+
+
+@pytest.mark.parametrize("client, examples, rank", [(-1, 3, 2), (True, 3, 2), (0, 0, 2), (0, 3, 0), ("0", 3, 2)])
+def test_answers_that_make_no_sense_are_turned_away(client, examples, rank):
+    roster, _ = roster_of({7: joined(client, examples, rank)})
+    roster.refresh()
+    assert not roster.members and "Expected a client from 0 on" in roster.turned_away[7]
+
+
+def test_too_few_nodes_end_the_wait_with_the_reasons(caplog):
+    roster, _ = roster_of({7: joined(0, base="c"), 8: joined(1)})
+    with pytest.raises(
+        FederationError, match="at least min_clients=2 clients within 0.1 s, found 1 .node 7 was turned"
+    ):
+        roster.wait(3, 2, 0.1)
+    assert "1 of 3 clients have joined; waiting" in caplog.text
+
+
+def test_a_wait_ends_as_soon_as_all_are_there_and_at_the_deadline_with_enough():
+    roster, exchange = roster_of({7: joined(0), 8: joined(1)})
+    start = time.monotonic()
+    roster.wait(2, 2, 30.0)
+    assert time.monotonic() - start < 5
+    roster.wait(3, 1, 0.1)
+    assert sorted(roster.present()) == [0, 1] and len([p for _, p in exchange.sent if p.kind == "join"]) == 2
+
+
+def test_two_nodes_cannot_be_one_client():
+    roster, exchange = roster_of({7: joined(0), 8: joined(0)})
+    roster.refresh()
+    assert roster.node_of(0) == 7
+    assert "found client 0 on node 7 and on node 8" in roster.turned_away[8]
+    assert [node for node, packet in exchange.sent if packet.kind == "ping"] == [7]
+
+
+def test_a_node_that_is_silent_loses_its_client_to_one_that_is_not(monkeypatch):
+    monkeypatch.setattr("fslora_hf.federation.roster.CLAIM_SECONDS", 0.05)
+    roster, exchange = roster_of({7: joined(0)})
+    roster.refresh()
+    exchange.nodes_by_number = {7: lambda packet: None, 8: lambda packet: joined(0)}
+    roster.refresh()
+    assert roster.node_of(0) == 8 and not roster.turned_away
+
+
+def test_a_run_keeps_its_clients(tmp_path):
+    roster, exchange = roster_of({7: joined(5, 3, None), 8: joined(2, 4, 6)})
+    roster.refresh()
+    roster.close()
+    assert roster.ranks(lambda client: 1) == [6, 1] and roster.owners().tolist() == [2] * 4 + [5] * 3
+    with pytest.raises(FederationError, match="found none of client 5"):
+        roster.ranks(lambda client: None)
+    roster.save(tmp_path)
+    del exchange.nodes_by_number[7], exchange.nodes_by_number[8]
+    exchange.nodes_by_number |= {
+        9: lambda p: joined(5, 3, None),
+        10: lambda p: joined(2, 9, 6),
+        11: lambda p: joined(6),
+    }
+    again = Roster(exchange, Packet({"kind": "join"}), OWN, join_seconds=0.05)
+    assert again.restore(tmp_path)
+    for one in (roster, again):
+        one.refresh()
+        assert one.node_of(5) == 9 and one.node_of(2) is None
+        assert "Expected client 2 with 4 examples and rank 6 as when the run began" in one.turned_away[10]
+        assert "the run that is under way, found client 6: join the next run" in one.turned_away[11]
+    assert not Roster(exchange, Packet({}), OWN, 0.05).restore(tmp_path / "elsewhere")
