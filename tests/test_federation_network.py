@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,9 @@ class CountingProxy:
         self._listener.close()
 
 
-def run_to_its_end(machine: local.Machine, recipe: Path, **settings) -> str:
+def run_to_its_end(machine: local.Machine, recipe: Path, overrides: Sequence[str] = (), **settings) -> str:
     given = {"join_deadline_s": 90.0, "round_deadline_s": 60.0} | settings
-    run = machine.run(str(recipe), [], stdout=subprocess.PIPE, **given)
+    run = machine.run(str(recipe), list(overrides), stdout=subprocess.PIPE, **given)
     output, _ = run.communicate(timeout=180)
     return output.decode()
 
@@ -101,6 +102,16 @@ def test_bytes_at_the_socket_are_the_ledgers(tmp_path):
             print(f"rank {rank}: {told:.0f} bytes each way in the ledger, beyond them {beyond}")
             assert all(0 < extra < 0.05 * told + 200_000 for extra in beyond.values()), (rank, told, beyond)
             proxy.close()
+
+
+def test_a_run_that_cannot_be_says_why_and_that_it_failed(tmp_path):
+    recipe = federated.write_recipe(federated.write_model_and_rows(tmp_path), tmp_path, method="flora")
+    with local.machine(tmp_path / "machine") as machine:
+        machine.environment["PYTHONPATH"] = str(ROOT)
+        machine.start_superlink()
+        output = run_to_its_end(machine, recipe, overrides=["--server_optim", "sgd"])
+        assert "leaves the base model as it is, found method=flora" in output
+        assert machine.outcome() == "finished:failed"
 
 
 # ---- TLS and node authentication ----

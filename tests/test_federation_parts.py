@@ -137,6 +137,17 @@ def test_a_base_is_known_by_its_weights_and_not_by_its_precision(tmp_path):
         digest_base(str(tmp_path / "0"))
 
 
+def test_a_model_of_the_hub_is_known_by_the_same_files(tmp_path, monkeypatch):
+    tiny.base_model(torch.float32).save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        "fslora_hf.federation.standing.snapshot_download",
+        lambda name, revision, allow_patterns: asked.append((name, revision, allow_patterns)) or str(tmp_path),
+    )
+    assert digest_base("owner/model", "v1") == digest_base(str(tmp_path))
+    assert asked == [("owner/model", "v1", ["config.json", "*.safetensors"])]
+
+
 def test_a_tokenizer_is_known_by_what_it_does_and_not_by_what_it_was_last_used_for():
     first, used, other = tiny.tokenizer(), tiny.tokenizer(), tiny.tokenizer()
     used("w1 w2", max_length=1, truncation=True, padding="max_length")

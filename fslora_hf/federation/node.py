@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from ..adapter import global_pair
@@ -37,7 +36,7 @@ class NodeSettings:
         model: a folder or name in place of the recipe's `model_name_or_path`; the same model.
         rank: what it can train; None leaves it to the recipe.
         dtype: precision of its base model, in place of the recipe's.
-        device: `cpu`, or a GPU such as `cuda:1`; None: the recipe's.
+        device: `cpu` or `cuda`; None: the recipe's.
         folder: for whatever the trainer writes meanwhile.
     """
 
@@ -98,13 +97,11 @@ class Node:
                 local[name] = value
         if own.device is not None:
             local["use_cpu"] = own.device == "cpu"
-            if own.device.startswith("cuda"):
-                torch.cuda.set_device(own.device)
         recipe, args, model_args = build_settings(types, local)
         # The widest that there can be: the rank of each round comes with it.
         args.client_ranks = [own.rank or model_args.lora_r]
         trainer = build_trainer(recipe, args, model_args, rows=rows, evaluates=False, trainer_class=NodeTrainer)
-        return trainer, Standing.of(args, model_args, trainer.processing_class)
+        return trainer, Standing.of(args, model_args)
 
     def _rows(self, recipe: RecipeArguments, args: FederatedSketchConfig) -> Dataset:
         column, client = args.client_id_column, self.settings.client_id

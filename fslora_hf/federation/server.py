@@ -1,6 +1,7 @@
 """A federated run on its server: from a recipe to the trained adapter, over whatever carries packets to the nodes."""
 
 import logging
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from ..config import FederatedSketchConfig
 from ..launch import build_trainer, finish
@@ -74,7 +74,7 @@ class FederationArguments:
 def read_recipe(federation: FederationArguments) -> dict[str, Any]:
     """The recipe's settings with the overrides in their place, as plain values."""
     values = read_file(RECIPE_TYPES, federation.recipe)
-    return values | read_flags(RECIPE_TYPES, federation.overrides.split())
+    return values | read_flags(RECIPE_TYPES, shlex.split(federation.overrides))
 
 
 def check_recipe(args: FederatedSketchConfig, min_clients: int) -> Iterator[str]:
@@ -122,8 +122,7 @@ def run_federation(federation: FederationArguments, exchange: Exchange) -> str:
 def _gather(federation: FederationArguments, exchange: Exchange, values: dict[str, Any]) -> Roster:
     """The clients of the run, once enough of their nodes have joined."""
     recipe, args, model_args = build_settings(RECIPE_TYPES, values)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-    own = Standing.of(args, model_args, tokenizer)
+    own = Standing.of(args, model_args)
     told = {name: value for name, value in values.items() if name not in _SERVER_ONLY}
     roster = Roster(exchange, Packet({"kind": "join", "recipe": told}), own, federation.join_deadline_s)
     if federation.resume and roster.restore(Path(args.output_dir)):

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import FederatedSketchConfig
 from ..recipe import ModelArguments
@@ -38,14 +38,15 @@ class Standing:
     configuration: Mapping[str, Any]
 
     @classmethod
-    def of(
-        cls, args: FederatedSketchConfig, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
-    ) -> "Standing":
+    def of(cls, args: FederatedSketchConfig, model_args: ModelArguments) -> "Standing":
         values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS if name not in _OF_THE_FEDERATION}
         values |= {name: getattr(model_args, name) for name in _LORA}
         values["examples a local step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
         values = json.loads(json.dumps(values, default=str))
-        base = digest_base(model_args.model_name_or_path, model_args.model_revision)
+        name, revision = model_args.model_name_or_path, model_args.model_revision
+        base = digest_base(name, revision)
+        # As it was published: a trainer may give one a token to pad with.
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         return cls(version("fslora_hf"), base, digest_tokenizer(tokenizer), values)
 
     def to_header(self) -> dict[str, Any]:
@@ -82,12 +83,14 @@ def digest_base(model: str, revision: str = "main") -> str:
     Raises:
         OSError: there are no such files.
     """
-    folder = Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json", revision=revision)).parent
+    wanted = ["config.json", "*.safetensors"]
+    here = model if Path(model).is_dir() else snapshot_download(model, revision=revision, allow_patterns=wanted)
+    folder = Path(here)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(
         json.dumps({key: config[key] for key in sorted(config.keys() - _PASSING)}, sort_keys=True).encode()
     )
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise OSError(f"Expected weights (*.safetensors) in {folder}, found none: name a folder that holds a model.")
     for path in files:

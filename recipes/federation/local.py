@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -85,6 +86,11 @@ class Machine:
             raise RuntimeError(f"Expected `flwr {' '.join(arguments)}` to end well, found: {done.stdout}{done.stderr}")
         return done.stdout
 
+    def outcome(self) -> str:
+        """How the last run ended, in Flower's words: `flwr run` itself says that all is well whatever happened."""
+        runs = json.loads(self.flwr("ls", "local", "--format", "json"))["runs"]
+        return max(runs, key=lambda run: run["pending-at"])["status"]
+
     def _write_connection(self) -> None:
         connection = "".join(f"{key} = {_toml(value)}\n" for key, value in self._connection.items())
         (self.folder / "flower" / "config.toml").write_text(
@@ -94,7 +100,7 @@ class Machine:
     def run(self, recipe: str, overrides: list[str], stdout=None, **settings) -> subprocess.Popen:
         """Start a run of a recipe, with `settings` of the app; the process says what the run says and ends with it."""
         self._write_connection()
-        config = {"recipe": str(Path(recipe).resolve()), "overrides": " ".join(overrides), **settings}
+        config = {"recipe": str(Path(recipe).resolve()), "overrides": shlex.join(overrides), **settings}
         path = self.folder / "run.toml"
         path.write_text("".join(f"{key.replace('_', '-')} = {_toml(value)}\n" for key, value in config.items()))
         command = [str(BIN / "flwr"), "run", str(HERE / "app"), "local", "--stream", "--run-config", str(path)]
@@ -155,12 +161,14 @@ def main() -> None:
         count = len(options.ranks)
         run = here.run(options.recipe, options.overrides, clients=count, min_clients=count, resume=options.resume)
         try:
-            code = run.wait()
+            run.wait()
+            outcome = here.outcome()
         except KeyboardInterrupt:
             _signal(run, signal.SIGTERM)
-            code = 1
+            outcome = "interrupted"
         print("Stopping the nodes and the SuperLink.", flush=True)
-    sys.exit(code)
+    if outcome != "finished:completed":
+        sys.exit(f"Expected the run to be completed, found {outcome}: its message stands above.")
 
 
 if __name__ == "__main__":

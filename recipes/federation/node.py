@@ -86,6 +86,9 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     options = parse()
+    device, _, number = (options.device or "").partition(":")
+    if number:
+        os.environ["CUDA_VISIBLE_DEVICES"] = number  # before torch is loaded: the only one that it then knows
     logging.basicConfig(level=logging.WARNING, format=f"client {options.client_id}: %(message)s")
     from fslora_hf.federation.node import Node, NodeSettings
     from fslora_hf.federation.packet import Packet
@@ -99,7 +102,7 @@ def main() -> None:
                 model=options.model,
                 rank=options.rank,
                 dtype=options.dtype,
-                device=options.device,
+                device=device or None,
             )
         )
         path = str(Path(folder) / "link" / "socket")
