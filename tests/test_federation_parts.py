@@ -201,6 +201,7 @@ def test_answers_that_make_no_sense_are_turned_away(client, examples, rank):
 
 
 def test_too_few_nodes_end_the_wait_with_the_reasons(caplog):
+    caplog.set_level("INFO", logger="fslora_hf")
     roster, _ = roster_of({7: joined(0, base="c"), 8: joined(1)})
     with pytest.raises(
         FederationError, match="at least min_clients=2 clients within 0.1 s, found 1 .node 7 was turned"

@@ -76,13 +76,13 @@ class Node:
     def _join(self, packet: Packet) -> Packet:
         recipe = dict(packet.header["recipe"])
         if recipe != self._recipe:
-            logger.warning("Loading the model and the rows of a new recipe.")
+            logger.info("Loading the model and the rows of a new recipe.")
             self._trainer = self._recipe = None
             gc.collect()  # a trainer is a cycle, and its memory is needed for the next
             self._trainer, self._standing = self._build(recipe)
             self._recipe = recipe
         rows = len(self._trainer.train_dataset)
-        logger.warning("Client %d is ready with %d examples.", self.settings.client_id, rows)
+        logger.info("Client %d is ready with %d examples.", self.settings.client_id, rows)
         return Packet({"kind": "joined", "client_id": self.settings.client_id, "rank": self.settings.rank,
                        "examples": rows, "standing": self._standing.to_header()})  # fmt: skip
 
@@ -125,7 +125,7 @@ class Node:
             logger.warning("The last update was left out because %s.", header["notice"])
         rank = int(header["rank"])
         received = self._received(packet, rank)
-        logger.warning("Round %d: training at rank %d.", header["round"], rank)
+        logger.info("Round %d: training at rank %d.", header["round"], rank)
         result = self._trainer.train_round(int(header["round"]), received)
         answer = {"kind": "update", "round": header["round"], "client_id": self.settings.client_id}
         return Packet({**answer, "loss": result.loss}, to_numpy({"A": result.A, "B": result.B}))

@@ -76,8 +76,8 @@ class Roster:
                 return
             if present != told:
                 most = "any number of" if wanted is None else wanted
-                logger.warning("%d of %s clients have joined; waiting %.0f s for more.", present, most,
-                               end - time.monotonic())  # fmt: skip
+                logger.info("%d of %s clients have joined; waiting %.0f s for more.", present, most,
+                            end - time.monotonic())  # fmt: skip
                 told = present
             if time.monotonic() >= end:
                 break
@@ -122,8 +122,7 @@ class Roster:
             self.members[header["client_id"]] = Member(header["client_id"], header["examples"], header["rank"], node)
             self.turned_away.pop(node, None)
             self._new.add(node)
-            logger.warning("Client %d has joined: node %d, %d examples.", header["client_id"], node,
-                           header["examples"])  # fmt: skip
+            logger.info("Client %d has joined: node %d, %d examples.", header["client_id"], node, header["examples"])
             return
         self.turned_away[node] = " ".join(reasons)
         logger.warning("Node %d was turned away: %s", node, self.turned_away[node])

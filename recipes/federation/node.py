@@ -90,6 +90,7 @@ def main() -> None:
     if number:
         os.environ["CUDA_VISIBLE_DEVICES"] = number  # before torch is loaded: the only one that it then knows
     logging.basicConfig(level=logging.WARNING, format=f"client {options.client_id}: %(message)s")
+    logging.getLogger("fslora_hf").setLevel(logging.INFO)
     from fslora_hf.federation.node import Node, NodeSettings
     from fslora_hf.federation.packet import Packet
 
