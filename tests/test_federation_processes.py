@@ -139,6 +139,17 @@ def test_a_server_that_is_killed_resumes_with_its_nodes_still_up(tmp_path, feder
     assert [after - before for after, before in zip(again, loaded, strict=True)] == [1] * 4
 
 
+def test_a_superlink_that_is_started_anew_finds_its_nodes(tmp_path, federation):
+    """The last of this file: whatever the old one knew is gone."""
+    local.signal_group(federation.machine.processes["superlink"], signal.SIGKILL)
+    federation.machine.processes["superlink"].wait()
+    federation.machine.start_superlink()
+    recipe = make_recipe(tmp_path, num_rounds=1)
+    output = federation.run(recipe, join_deadline_s=150.0)
+    (line,) = ledger(tmp_path / "run")
+    assert line["clients"] == [0, 1, 2, 3] and line["refused"] == [], output
+
+
 def wait_for(condition, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():

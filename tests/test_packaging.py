@@ -116,7 +116,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("target", ["test", "quickstart"])
 def test_make_sets_itself_up_before_it_runs(target):
     commands = make("--dry-run", "--always-make", target).stdout
-    steps = ["-m venv", "pip install -c constraints.txt -e '.[test,demo]'"]
+    steps = ["-m venv", "pip install -c constraints.txt -e '.[test,demo,flower]'"]
     steps += {"test": ["ruff check", "-m pytest"], "quickstart": ["prepare_model.py", "accelerate launch"]}[target]
     places = [commands.index(step) for step in steps]
     assert places == sorted(places)

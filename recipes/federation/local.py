@@ -115,16 +115,16 @@ class Machine:
     def stop(self) -> None:
         """Stop everything that was started, and what that started."""
         for process in self.processes.values():
-            _signal(process, signal.SIGTERM)
+            signal_group(process, signal.SIGTERM)
         end = time.monotonic() + 10
         for process in self.processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, end - time.monotonic()))
-            _signal(process, signal.SIGKILL)
+            signal_group(process, signal.SIGKILL)
             process.wait()
 
 
-def _signal(process: subprocess.Popen, number: int) -> None:
+def signal_group(process: subprocess.Popen, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
@@ -164,7 +164,7 @@ def main() -> None:
             run.wait()
             outcome = here.outcome()
         except KeyboardInterrupt:
-            _signal(run, signal.SIGTERM)
+            signal_group(run, signal.SIGTERM)
             outcome = "interrupted"
         print("Stopping the nodes and the SuperLink.", flush=True)
     if outcome != "finished:completed":
