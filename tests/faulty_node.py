@@ -1,7 +1,7 @@
 """recipes/federation/node.py with faults: a node that does wrong in chosen rounds, for tests of real processes.
 
 The variable FSLORA_TEST_FAULTS names a JSON file, read at every packet that asks to train: a list of
-`{"client": 2, "round": 1, "fault": "nan"}`, a fault one of FAULTS; each is done once.
+`{"client": 2, "round": 1, "fault": "nan"}`, a fault one of FAULTS or `stall` with its `seconds`; each is done once.
 """
 
 import json
@@ -18,7 +18,6 @@ from fslora_hf.federation.node import Node
 from fslora_hf.federation.packet import Packet
 
 ROOT = Path(__file__).resolve().parents[1]
-STALL_SECONDS = 12.0
 
 
 def _largest(packet: Packet, change) -> Packet:
@@ -26,16 +25,10 @@ def _largest(packet: Packet, change) -> Packet:
     return Packet(packet.header, {**packet.tensors, name: change(packet.tensors[name])})
 
 
-def _stall(packet: Packet) -> Packet:
-    time.sleep(STALL_SECONDS)
-    return packet
-
-
 FAULTS = {
     "nan": lambda packet: _largest(packet, lambda x: x * np.nan),
     "shape": lambda packet: _largest(packet, lambda x: x[:, :-1]),
     "norm": lambda packet: _largest(packet, lambda x: x + 1e9),
-    "stall": _stall,
     "kill": lambda packet: os.kill(os.getpid(), signal.SIGKILL),
 }
 
@@ -53,6 +46,9 @@ def install() -> None:
             here = fault["client"] == node.settings.client_id and fault["round"] == packet.header["round"]
             if here and key not in done:
                 done.add(key)
+                if fault["fault"] == "stall":
+                    time.sleep(fault["seconds"])
+                    return answered
                 return FAULTS[fault["fault"]](answered)
         return answered
 
