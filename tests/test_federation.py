@@ -155,6 +155,47 @@ def test_too_few_updates_end_the_run_with_every_whole_round_kept(tmp_path, recip
     check_same_ledger(tmp_path / "run", tmp_path / "simulated")
 
 
+def test_a_round_waits_for_nodes_that_come_back_in_time(tmp_path, recipe, nodes):
+    """All have gone when round 1 begins; the run goes on with them, and ends as the simulator's."""
+    federated.simulate(recipe, tmp_path / "simulated")
+    exchange, looks = federated.LocalExchange(nodes), []
+
+    def connected():
+        rounds = [packet.header["round"] for _, packet in exchange.sent if packet.kind == "train"]
+        away = rounds.count(0) == 4 and not rounds.count(1) and len(ledger_lines(tmp_path / "run")) == 1
+        looks.append(away)
+        return set() if away and sum(looks) < 5 else set(nodes)
+
+    exchange.nodes = connected
+    federated.federate(recipe, exchange, min_clients=4, round_deadline_s=20.0)
+    assert sum(looks) >= 5
+    adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
+    assert reference.max_difference(*adapters) < 1e-9
+    check_same_ledger(tmp_path / "run", tmp_path / "simulated")
+
+
+def ledger_lines(folder):
+    return (folder / "rounds.jsonl").read_text().splitlines() if (folder / "rounds.jsonl").exists() else []
+
+
+def test_a_side_that_is_not_trained_is_sent_until_it_has_come(tmp_path, source, nodes):
+    """Of ffa_lora's A: the first part of a node that stays silent is lost, and so is the A in it."""
+    recipe = federated.write_recipe(source, tmp_path, method="ffa_lora", clients_per_round=None, num_rounds=4, **FULL)
+    sound, lost = nodes[101], []
+
+    def deaf_at_first(packet):
+        if packet.kind == "train" and not lost:
+            return lost.append(packet)  # and so no answer
+        return sound(packet)
+
+    nodes[101] = deaf_at_first
+    exchange = federated.LocalExchange(nodes)
+    federated.federate(recipe, exchange)
+    asked = [packet for node, packet in exchange.sent if node == 101 and packet.kind == "train"]
+    assert [any(name.startswith("A.") for name in packet.tensors) for packet in asked] == [True, True, False]
+    assert [[one["client_id"] for one in line["refused"]] for line in ledger(tmp_path / "run")] == [[1], [1], [], []]
+
+
 def test_a_run_that_is_not_resumed_leaves_another_as_it_is(tmp_path, recipe, nodes):
     exchange = federated.LocalExchange(nodes)
     federated.federate(recipe, exchange)

@@ -7,11 +7,11 @@ import json
 import select
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import local  # recipes/federation/local.py
 import pytest
 import torch
 from cryptography import x509
@@ -24,8 +24,6 @@ from tests import federated
 from tests.worker_train import ledger
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes/federation"))
-import local  # noqa: E402  recipes/federation/local.py
 
 pytestmark = pytest.mark.federation
 

@@ -7,10 +7,10 @@ import contextlib
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import local  # recipes/federation/local.py
 import psutil
 import pytest
 
@@ -18,8 +18,6 @@ from tests import federated, reference
 from tests.worker_train import check_same_ledger, ledger
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes/federation"))
-import local  # noqa: E402  recipes/federation/local.py
 
 pytestmark = pytest.mark.federation
 NODE = ROOT / "tests/faulty_node.py"

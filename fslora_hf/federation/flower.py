@@ -2,6 +2,10 @@
 
 import re
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
 
 MAJOR = 1  # of flwr
 SOCKET = "fslora-socket"  # key in a node's configuration: where the process that holds the model listens
@@ -25,17 +29,17 @@ def check_flower() -> None:
 
 check_flower()
 
-from flwr.app import Array, ArrayRecord, RecordDict  # noqa: E402
-
 KEY, FORMAT = "packet", "fslora_hf"
 
 
-def wrap(packet: bytes) -> RecordDict:
+def wrap(packet: bytes) -> "RecordDict":
     """A packet as the content of a message; Flower sends it in chunks, and checks them by their hashes."""
+    from flwr.app import Array, ArrayRecord, RecordDict
+
     return RecordDict({KEY: ArrayRecord({KEY: Array("uint8", (len(packet),), FORMAT, packet)})})
 
 
-def unwrap(content: RecordDict) -> bytes:
+def unwrap(content: "RecordDict") -> bytes:
     """The packet in the content of a message.
 
     Raises:

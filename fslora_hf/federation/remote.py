@@ -5,7 +5,9 @@ import math
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,10 +43,13 @@ class RoundRules:
 
 
 class RemoteEngine(RoundEngine):
-    """A RoundEngine whose clients train elsewhere. Updates are folded in the simulator's order, whenever they came."""
+    """A RoundEngine whose clients train elsewhere. Updates are folded in the simulator's order, whenever they came.
 
-    def connect(self, exchange: Exchange, roster: Roster, rules: RoundRules) -> None:
-        """Say how clients are reached; before the first round."""
+    Args: as RoundEngine's, and how clients are reached, who they are, and when a round is over.
+    """
+
+    def __init__(self, *, exchange: Exchange, roster: Roster, rules: RoundRules, **parts: Any):
+        super().__init__(**parts)
         self.exchange, self.roster, self.rules = exchange, roster, rules
         if rules.max_update_norm is not None:
             self._transforms = (*self._transforms, at_most(rules.max_update_norm))
@@ -54,7 +59,7 @@ class RemoteEngine(RoundEngine):
         self._moved: dict[int, list[bool]] = {}  # client -> whether its part went down, and came back
 
     def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
-        """Send every client of the round its part."""
+        """Send every client of the round its part; where they are too few, wait for nodes that come back in time."""
         self._wave, self._block = wave, ()
         self._asked: dict[int, Hashable] = {}
         self.roster.refresh()
@@ -65,12 +70,22 @@ class RemoteEngine(RoundEngine):
         clients = self.plan(self.round).clients
         self._moved = {client.client_id: [False, False] for client in clients}
         for client in clients:
-            self._ask(client)
+            self._ask(client, self.rules.deadline_seconds, self._paused_until.get(client.client_id, 0))
+        while len(self._asked) < self.rules.min_clients and self._seconds_left() > 0:
+            logger.info("Round %d: %d clients are connected; waiting for more.", self.round, len(self._asked))
+            time.sleep(min(self.exchange.poll_seconds, self._seconds_left()))
+            self.roster.refresh()
+            for client in clients:
+                if client.client_id not in self._held:
+                    self._ask(client, self._seconds_left())
         return clients
 
-    def _ask(self, client: ClientPlan) -> None:
-        number = client.client_id
-        node, again = self.roster.node_of(number), self._paused_until.get(number, 0)
+    def _seconds_left(self) -> float:
+        return max(0.0, self._begun + self.rules.deadline_seconds - time.monotonic())
+
+    def _ask(self, client: ClientPlan, seconds: float, again: int = 0) -> None:
+        """Send a client its part, of use for so many seconds, unless that is not to be before the round `again`."""
+        number, node = client.client_id, self.roster.node_of(client.client_id)
         if node is None:
             self._missing[number] = "its node is not connected"
         elif self.round < again:
@@ -78,8 +93,9 @@ class RemoteEngine(RoundEngine):
         else:
             self._held[number] = self._receive(client)
             packet = self._question(client, self._held[number], node)
-            self._asked[node] = self.exchange.send(node, packet, self.rules.deadline_seconds)
+            self._asked[node] = self.exchange.send(node, packet, max(seconds, 0.01))
             self._moved[number][0] = True
+            self._missing.pop(number, None)
 
     def _question(self, client: ClientPlan, held: ClientAdapter, node: int) -> Packet:
         header = {"kind": "train", "round": self.round, "client_id": client.client_id, "rank": client.rank,
@@ -88,7 +104,7 @@ class RemoteEngine(RoundEngine):
             pair = {"A": self.server.A, "B": self.server.B}
         else:
             pair = {side: getattr(held, side) for side in self.method.trains}
-            if self.roster.is_new(node):  # the side that is not trained, once
+            if self.roster.is_new(node):  # the side that is not trained, until it has come
                 pair |= {side: getattr(held, side) for side in "AB"}
         return Packet(header, to_numpy(pair))
 
@@ -125,13 +141,13 @@ class RemoteEngine(RoundEngine):
         updates: dict[int, tuple[float, dict, dict]] = {}
         client_of = self.roster.clients_of(self._asked)
         plans = {client.client_id: client for client in self.plan(self.round).clients}
-        left = self._begun + self.rules.deadline_seconds - time.monotonic()
-        for node, answer in answers(self.exchange, self._asked, left):
+        for node, answer in answers(self.exchange, self._asked, self._seconds_left()):
             number = client_of[node]
             self._misses.pop(number, None)
             self._moved[number][1] = isinstance(answer, Packet) and answer.kind == "update"
             try:
                 updates[number] = self._read(plans[number], answer)
+                self.roster.is_known(node)
             except RefusedUpdate as refusal:
                 self._missing[number] = self._notices[number] = str(refusal)
             if isinstance(answer, Packet) and answer.header.get("uninvited"):
@@ -198,10 +214,9 @@ class FederationTrainer(FederatedSketchTrainer):
     Args: as FederatedSketchTrainer's, with `exchange`, `roster` and `rules` before them.
     """
 
-    _engine_class = RemoteEngine
-
     def __init__(self, exchange: Exchange, roster: Roster, rules: RoundRules, **kwargs):
-        self._exchange, self._roster, self._rules = exchange, roster, rules
+        self._roster = roster
+        self._engine_class = partial(RemoteEngine, exchange=exchange, roster=roster, rules=rules)
         super().__init__(**kwargs)
 
     def _lay_out(self, block_size):
@@ -210,8 +225,7 @@ class FederationTrainer(FederatedSketchTrainer):
 
     def _open_run(self) -> None:
         super()._open_run()
-        self._roster.save(Path(self.args.output_dir))
-        self._engine.connect(self._exchange, self._roster, self._rules)
+        self._roster.save(Path(self.args.output_dir))  # only now is it known that no other run lies there
 
     @property
     def _slots(self) -> int:

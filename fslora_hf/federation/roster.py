@@ -66,7 +66,7 @@ class Roster:
         """Let nodes join until there are as many as wanted, or, when so many seconds are over, at least `least`.
 
         Raises:
-            FederationError: there are fewer, or two connected nodes are the same client.
+            FederationError: there are fewer.
         """
         end, told = time.monotonic() + seconds, None
         while True:
@@ -202,10 +202,12 @@ class Roster:
         return None if member is None else member.node
 
     def is_new(self, node: int) -> bool:
-        """Whether a node has joined since this was last asked of it."""
-        is_new = node in self._new
+        """Whether a node has joined and has not trained since."""
+        return node in self._new
+
+    def is_known(self, node: int) -> None:
+        """Note that a node has what it needs to train."""
         self._new.discard(node)
-        return is_new
 
     def invite_again(self, node: int) -> None:
         """Ask a node anew who it is: it was started again, unseen."""

@@ -98,17 +98,15 @@ def run_federation(federation: FederationArguments, exchange: Exchange) -> str:
         FederationError: too few nodes joined or answered; the rounds before are kept.
     """
     values = read_recipe(federation)
-    recipe, args, model_args = build_settings(RECIPE_TYPES, values)
+    settings = _, args, _ = build_settings(RECIPE_TYPES, values)
     problems = list(check_recipe(args, federation.min_clients))
     if problems:
         raise SettingsError(problems)
-    roster = _gather(federation, exchange, values)
-    _fit_to(roster, recipe, args, model_args)
+    roster = _gather(federation, exchange, values, *settings)
+    _fit_to(roster, *settings)
     rules = RoundRules(federation.round_deadline_s, federation.min_clients, federation.max_update_norm)
     trainer = build_trainer(
-        recipe,
-        args,
-        model_args,
+        *settings,
         trainer_class=partial(FederationTrainer, exchange, roster, rules),
         rows=placeholder_rows(roster, args.client_id_column),
     )
@@ -119,9 +117,15 @@ def run_federation(federation: FederationArguments, exchange: Exchange) -> str:
     return finish(trainer)
 
 
-def _gather(federation: FederationArguments, exchange: Exchange, values: dict[str, Any]) -> Roster:
-    """The clients of the run, once enough of their nodes have joined."""
-    recipe, args, model_args = build_settings(RECIPE_TYPES, values)
+def _gather(
+    federation: FederationArguments,
+    exchange: Exchange,
+    values: dict[str, Any],
+    recipe: RecipeArguments,
+    args: FederatedSketchConfig,
+    model_args: ModelArguments,
+) -> Roster:
+    """The clients of the run, once enough of their nodes have joined; `values` are what the settings were made of."""
     own = Standing.of(args, model_args)
     told = {name: value for name, value in values.items() if name not in _SERVER_ONLY}
     roster = Roster(exchange, Packet({"kind": "join", "recipe": told}), own, federation.join_deadline_s)
