@@ -61,6 +61,16 @@ def test_a_federation_gives_the_simulators_adapter(tmp_path, source, nodes, sett
     assert len(table.splitlines()) > 3 and (tmp_path / "run" / "rounds.png").exists()
 
 
+def test_updates_are_folded_in_the_simulators_order(tmp_path, source, nodes):
+    """Ranks that do not ascend with the clients: sums of floating-point numbers then depend on the order."""
+    settings = {"client_ranks": [6, 2, 4, 1], "clients_per_round": None, "server_optim": "sgd", "num_rounds": 2}
+    recipe = federated.write_recipe(source, tmp_path, **settings)
+    federated.simulate(recipe, tmp_path / "simulated")
+    federated.federate(recipe, federated.LocalExchange(nodes))
+    adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
+    assert reference.max_difference(*adapters) == 0.0
+
+
 @pytest.fixture
 def recipe(source, tmp_path):
     return federated.write_recipe(source, tmp_path, clients_per_round=None, server_optim="sgd")
@@ -147,6 +157,8 @@ def test_too_few_updates_end_the_run_with_every_whole_round_kept(tmp_path, recip
     with pytest.raises(FederationError, match="at least min_clients=2 clients in round 2 .* found 0 .client 0: the"):
         federated.federate(recipe, federated.LocalExchange(broken), min_clients=2)
     assert [line["round"] for line in ledger(tmp_path / "run")] == [0, 1]
+    clients = json.loads((tmp_path / "run" / "federation.json").read_text())["clients"]
+    assert [(one["client_id"], one["examples"]) for one in clients] == [(0, 10), (1, 9), (2, 9), (3, 9)]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert json.loads((checkpoint / "federated_state.json").read_text())["round"] == 2
     federated.federate(recipe, federated.LocalExchange(nodes), min_clients=2, resume=True)
@@ -241,6 +253,8 @@ def test_nothing_but_what_is_needed_crosses_the_wire(tmp_path, recipe, nodes):
         for name, tensor in packet.tensors.items():
             assert packet.kind in ("train", "update")
             assert tensor.shape[0 if name.startswith("A.") else 1] == rank and packet.header["client_id"] == node - 100
+    (told, *_) = [packet.header["recipe"] for _, packet in exchange.sent if packet.kind == "join"]
+    assert told["num_rounds"] == 3 and not {"output_dir", "client_ranks", "save_rounds"} & set(told)
     joined = [packet for _, packet in exchange.came if packet.kind == "joined"]
     assert set(joined[0].header["standing"]) == {"version", "base", "tokenizer", "configuration"}
     measured = {"train": 0, "update": 0}
