@@ -25,7 +25,7 @@ class TopK:
     """
 
     def __init__(self, share: float, method: Method, feedback: ErrorFeedback | None = None):
-        self._share, self._method, self._feedback = share, method, feedback
+        self.share, self._method, self._feedback = share, method, feedback
 
     @torch.no_grad()
     def compress(self, round: int, client: SketchedClient, update: ClientUpdate) -> ClientUpdate:
@@ -50,7 +50,7 @@ class TopK:
     def _largest(self, *sides: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Copies of the tensors with zeros in all but the largest places."""
         flat = torch.cat([tensor.reshape(-1) for side in sides for tensor in side.values()])
-        kept = flat.abs().topk(_kept(flat.numel(), self._share), sorted=False).indices
+        kept = flat.abs().topk(kept_numbers(flat.numel(), self.share), sorted=False).indices
         sparse = torch.zeros_like(flat)
         sparse[kept] = flat[kept]
         pieces = iter(sparse.split([tensor.numel() for side in sides for tensor in side.values()]))
@@ -63,9 +63,8 @@ class TopK:
         less; or the whole update where that is least.
         """
         numbers = dense // element_size
-        kept = _kept(numbers, self._share)
-        places = min((4 if numbers < 2**32 else 8) * kept, math.ceil(numbers / 8))
-        return min(kept * element_size + places, dense)
+        kept = kept_numbers(numbers, self.share)
+        return min(kept * element_size + min(list_bytes(numbers, kept), mask_bytes(numbers)), dense)
 
     def close_round(self, round: int) -> None:
         """Forget what clients had left out before their part in this round, which is over."""
@@ -73,6 +72,17 @@ class TopK:
             self._feedback.close_round(round)
 
 
-def _kept(numbers: int, share: float) -> int:
+def list_bytes(numbers: int, kept: int) -> int:
+    """Bytes of the places of `kept` out of so many numbers, each by itself."""
+    return (4 if numbers < 2**32 else 8) * kept
+
+
+def mask_bytes(numbers: int) -> int:
+    """Bytes of a bit for each of so many numbers."""
+    return math.ceil(numbers / 8)
+
+
+def kept_numbers(numbers: int, share: float) -> int:
+    """How many of so many numbers a share is, rounded up."""
     # As it is written in decimals: 0.07 of 100 is 7, and not the 8 that 7.000000000000001 would be rounded up to.
     return math.ceil(Fraction(str(share)) * numbers)

@@ -10,7 +10,7 @@ import torch
 from .adapter import ClientStack
 from .compression import TopK
 from .layout import Layout
-from .methods import ClientAdapter, ClientUpdate, FlatTensors, Method
+from .methods import ClientAdapter, ClientUpdate, FlatTensors, Method, PairChange
 from .methods.contract import check_accumulator, check_change, check_received, check_weight
 from .plan import ClientPlan, RoundPlan
 from .server import ServerState
@@ -90,22 +90,29 @@ class RoundEngine:
         """Take the block's updates out of the model, fold the accepted ones, and leave the global adapter active."""
         losses = (self._losses / self.layout.local_steps).tolist()
         for slot, (client, loss) in enumerate(zip(self._block, losses, strict=True)):
-            self._fold(client, loss, self._update(client, *self.stack.change(slot), self.stack.received(slot)))
+            update = self._update(client, *self.stack.change(slot), self.stack.received(slot))
+            self._fold(client, loss, update.norm().item(), update)
         self.abandon()
 
-    def _fold(self, client: ClientPlan, loss: float, update: ClientUpdate) -> None:
-        """Add a client's update to the accumulator, or note why it is refused."""
-        norm, weight, reason = update.norm().item(), 0.0, None
+    def _fold(self, client: ClientPlan, loss: float, norm: float, update: ClientUpdate) -> None:
+        """Add a client's update, of this norm when it was whole, to the accumulator, or note why it is refused."""
+        weight, reason = 0.0, None
         try:
-            for transform in self._transforms:
-                update = transform(update)
-            if self._compressor is not None:
-                update = self._compressor.compress(self.round, client, update)
+            update = self._compress(client, self._transform(update))
             self.method.accumulate(self._accumulator, update)
             weight = check_weight(self.method, client, self.method.weigh(update))
         except RefusedUpdate as refusal:
             reason = str(refusal)
         self._outcomes.append((client.client_id, loss, norm, weight, reason))
+
+    def _transform(self, update: ClientUpdate) -> ClientUpdate:
+        for transform in self._transforms:
+            update = transform(update)
+        return update
+
+    def _compress(self, client: ClientPlan, update: ClientUpdate) -> ClientUpdate:
+        """What of an update reaches the server."""
+        return update if self._compressor is None else self._compressor.compress(self.round, client, update)
 
     def _update(
         self, client: ClientPlan, A: dict[str, torch.Tensor], B: dict[str, torch.Tensor], received: ClientAdapter
@@ -124,7 +131,7 @@ class RoundEngine:
             self._compressor.close_round(self.round)
         outcomes = {outcome[0]: outcome[1:] for outcome in self._gather(self._outcomes)}
         change, self._accumulator = self.method.finish(self.server, self._accumulator), None
-        self.server.step(check_change(self.method, self.server, change))
+        self._step(check_change(self.method, self.server, change))
         clients = self.plan(self.round).clients
         losses, norms, parts, reasons = zip(*(outcomes[client.client_id] for client in clients), strict=True)
         accepted = math.fsum(parts)
@@ -146,6 +153,9 @@ class RoundEngine:
             **self.server.notes(),
             "seconds": round(time.monotonic() - self._started, 3),
         }
+
+    def _step(self, change: PairChange | None) -> None:
+        self.server.step(change)
 
     def _bytes_moved(self, client: ClientPlan) -> tuple[int, int]:
         down, up = self.method.bytes_moved(self.server, client)

@@ -148,6 +148,11 @@ def _indexed(checkpoint: Path) -> list[Path]:
     return [checkpoint / FEEDBACK_NAME / client_id / name for client_id, name in index.items()]
 
 
+def file_rounds(folder: Path) -> dict[int, Path]:
+    """Round -> the file of what a client had left out after it, of a client's folder."""
+    return {_round(path): path for path in _files(folder)}
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*-*.safetensors"))
 

@@ -31,6 +31,11 @@ class FoldedBase:
         self._weights, self._scales, self._transposed = weights, scales, transposed
 
     @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Module name -> the model's own weight."""
+        return self._weights
+
+    @property
     def bytes(self) -> int:
         """Of all weights."""
         return sum(weight.numel() * weight.element_size() for weight in self._weights.values())

@@ -114,7 +114,7 @@ def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, ou
         return _start_over(trainer, output_dir)
     state = read_state(folder)
     _refuse_other_run(folder, state["run"], identity(trainer))
-    if trainer.args.error_feedback:
+    if trainer.keeps_feedback:
         check_waiting(folder)
     _warn_of_other_length(trainer, folder)
     if state["round"] > trainer.args.num_rounds:

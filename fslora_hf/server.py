@@ -39,7 +39,7 @@ class ServerState:
         learning_rate: float = 1.0,
         base: "FoldedBase | None" = None,
     ):
-        self.A, self.B, self._base = A, B, base
+        self.A, self.B, self.base = A, B, base
         self._fold_error = 0.0
         self.rank = next(iter(A.values())).shape[0]
         self._parameters = {f"{module}.A": tensor for module, tensor in A.items()}
@@ -56,8 +56,8 @@ class ServerState:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the weights that the pair is added to: the base's own, or as large as in the adapter's type."""
-        if self._base is not None:
-            return self._base.bytes
+        if self.base is not None:
+            return self.base.bytes
         return sum(A.shape[1] * self.B[name].shape[0] * A.element_size() for name, A in self.A.items())
 
     @torch.no_grad()
@@ -69,8 +69,8 @@ class ServerState:
         self._fold_error = 0.0
         if update is None:
             return
-        if self._base is not None:
-            self._fold_error = self._base.fold(*update)
+        if self.base is not None:
+            self._fold_error = self.base.fold(*update)
             return
         for tensors, changes in ((self.A, update[0]), (self.B, update[1])):
             for module, change in changes.items():
@@ -80,7 +80,7 @@ class ServerState:
 
     def notes(self) -> dict[str, float]:
         """Numbers of the last step for the round ledger."""
-        return {} if self._base is None else {"fold_error": self._fold_error}
+        return {} if self.base is None else {"fold_error": self._fold_error}
 
     def save(self, path: str | Path) -> None:
         """Write the optimizer's state. The global pair itself is the checkpoint's PEFT adapter, exactly."""

@@ -342,14 +342,7 @@ class FederatedSketchTrainer(SFTTrainer):
         )
         stack.attach()
         base = FoldedBase.of(self.model) if method.folds else None
-        self._feedback = ErrorFeedback(Path(args.output_dir) / FEEDBACK_NAME) if args.error_feedback else None
-        if self._feedback is not None:
-            agree(self._feedback.restore)
-            if not all(gather(self._feedback.folder.is_dir())):
-                raise ValueError(
-                    f"Expected every process to see {self._feedback.folder}, found one that does not: put output_dir "
-                    "on a disk that all machines share, or turn error_feedback off."
-                )
+        self._feedback = self._open_feedback() if self.keeps_feedback else None
         self._engine = self._engine_class(
             plan=self._plan,
             layout=self.layout,
@@ -366,6 +359,21 @@ class FederatedSketchTrainer(SFTTrainer):
         self.rounds_done, self._bytes_up = 0, 0
         if self.publisher is not None:
             self.publisher.start()
+
+    @property
+    def keeps_feedback(self) -> bool:
+        """Whether what clients leave out of their updates is kept here."""
+        return self.args.error_feedback
+
+    def _open_feedback(self) -> ErrorFeedback:
+        feedback = ErrorFeedback(Path(self.args.output_dir) / FEEDBACK_NAME)
+        agree(feedback.restore)
+        if not all(gather(feedback.folder.is_dir())):
+            raise ValueError(
+                f"Expected every process to see {feedback.folder}, found one that does not: put output_dir on a disk "
+                "that all machines share, or turn error_feedback off."
+            )
+        return feedback
 
     @property
     def _slots(self) -> int:

@@ -4,21 +4,28 @@ import gc
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from ..adapter import global_pair
+from ..checkpoint import FEEDBACK_NAME
 from ..checks import raise_together
 from ..config import FederatedSketchConfig
 from ..data.sources import load_rows
+from ..folding import FoldedBase
 from ..launch import build_trainer, training_rows
 from ..methods import ClientAdapter
 from ..recipe import ModelArguments, RecipeArguments, build_settings
 from ..server import ServerState
+from ..updates import RefusedUpdate
+from .folds import bring_up
+from .node_feedback import feedback_of
 from .node_trainer import NodeTrainer
 from .packet import Packet, failed
+from .sparse import pack
 from .standing import Standing
 from .tensors import to_numpy, to_tensor
 
@@ -37,7 +44,9 @@ class NodeSettings:
         rank: what it can train; None leaves it to the recipe.
         dtype: precision of its base model, in place of the recipe's.
         device: `cpu` or `cuda`; None: the recipe's.
-        folder: for whatever the trainer writes meanwhile.
+        folder: for what is of use while the node runs.
+        memory: a folder for what is to outlast it: what was left out of updates, with `error_feedback`. None: in
+            `folder`.
     """
 
     client_id: int
@@ -47,6 +56,7 @@ class NodeSettings:
     rank: int | None = None
     dtype: str | None = None
     device: str | None = None
+    memory: str | None = None
 
 
 class Node:
@@ -58,6 +68,7 @@ class Node:
         self._trainer: NodeTrainer | None = None
         self._standing: Standing | None = None
         self._frozen: dict[str, np.ndarray] = {}
+        self._base_rounds: int | None = 0  # rounds that were folded into the base; None: one was interrupted
 
     def answer(self, packet: Packet) -> Packet:
         """The answer to a packet; what goes wrong is an answer, too."""
@@ -69,18 +80,20 @@ class Node:
             if packet.kind == "turned_away":
                 logger.warning("The server turned this node away: %s", packet.header.get("reason"))
             return Packet({"kind": "noted"})
+        except RefusedUpdate as refusal:
+            return failed(str(refusal))
         except Exception as error:  # the server is told, and the node goes on
             logger.exception("A packet of kind %s could not be answered.", packet.kind)
             return failed(f"{type(error).__name__}: {error}")
 
     def _join(self, packet: Packet) -> Packet:
         recipe = dict(packet.header["recipe"])
-        if recipe != self._recipe:
+        if recipe != self._recipe or self._base_rounds != 0:  # a server begins with the base as it was published
             logger.info("Loading the model and the rows of a new recipe.")
             self._trainer = self._recipe = None
             gc.collect()  # a trainer is a cycle, and its memory is needed for the next
             self._trainer, self._standing = self._build(recipe)
-            self._recipe = recipe
+            self._recipe, self._base_rounds = recipe, 0
         rows = len(self._trainer.train_dataset)
         logger.info("Client %d is ready with %d examples.", self.settings.client_id, rows)
         return Packet({"kind": "joined", "client_id": self.settings.client_id, "rank": self.settings.rank,
@@ -118,23 +131,42 @@ class Node:
 
     def _train(self, packet: Packet) -> Packet:
         header = packet.header
-        if self._trainer is None:
+        if self._trainer is None or self._base_rounds is None:
             reason = "the node was started anew, and has yet to join"
             return Packet({"kind": "failed", "reason": reason, "uninvited": True})
         if header.get("notice"):
             logger.warning("The last update was left out because %s.", header["notice"])
-        rank = int(header["rank"])
+        rank, args = int(header["rank"]), self._trainer.args
+        if args.error_feedback:
+            folder = self.settings.memory or Path(self.settings.folder) / FEEDBACK_NAME
+            self._trainer.feedback = feedback_of(folder, str(header["run"]))
+            self._trainer.feedback.settle(self.settings.client_id, header["folded"], header["checkpoints"])
+        self._fold(packet)
         received = self._received(packet, rank)
         logger.info("Round %d: training at rank %d.", header["round"], rank)
         result = self._trainer.train_round(int(header["round"]), received)
         answer = {"kind": "update", "round": header["round"], "client_id": self.settings.client_id}
-        return Packet({**answer, "loss": result.loss}, to_numpy({"A": result.A, "B": result.B}))
+        answer["loss"], tensors = result.loss, to_numpy({"A": result.A, "B": result.B})
+        if args.upload_top_k is not None:
+            answer["norm"], tensors = result.norm, pack(tensors, args.upload_top_k)
+        return Packet(answer, tensors)
+
+    def _fold(self, packet: Packet) -> None:
+        """Bring the base model up to the server's, where the method changes it."""
+        if not self._trainer.method.folds:
+            return
+        now, have = int(packet.header["base_rounds"]), self._base_rounds
+        self._base_rounds = None  # until it is whole again
+        bring_up(FoldedBase.of(self._trainer.model), packet.tensors, str(packet.header["base_dtype"]), have, now)
+        self._base_rounds = now
 
     def _received(self, packet: Packet, rank: int) -> ClientAdapter:
         """The adapter to begin with: what came, or what the method makes of the global adapter that came."""
         trainer, method = self._trainer, self._trainer.method
         trainer.set_rank(rank)
         pair = global_pair(trainer.model)
+        if method.folds:  # beside a global adapter that is as it was made, and adds nothing
+            return self._begin_beside(packet)
         tensors = self._frozen | dict(packet.tensors)
         frozen = [f"{side}." for side in "AB" if side not in method.trains]
         self._frozen = {name: tensor for name, tensor in tensors.items() if name.startswith(tuple(frozen))}
@@ -147,5 +179,9 @@ class Node:
         for own, came in zip(pair, halves, strict=True):
             for module, tensor in came.items():
                 own[module].data.copy_(tensor)
-        (client,) = trainer.round_plan(int(packet.header["round"])).clients
-        return method.receive(ServerState(*pair), client, client.sketch)
+        return self._begin_beside(packet)
+
+    def _begin_beside(self, packet: Packet) -> ClientAdapter:
+        """What the method has this client begin with, drawn here, beside the global adapter."""
+        (client,) = self._trainer.round_plan(int(packet.header["round"])).clients
+        return self._trainer.method.receive(ServerState(*global_pair(self._trainer.model)), client, client.sketch)

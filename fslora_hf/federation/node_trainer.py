@@ -10,16 +10,19 @@ from .. import host_memory
 from ..callbacks import RoundCallback
 from ..draws import seed_from
 from ..engine import RoundEngine
+from ..feedback import ErrorFeedback
 from ..methods import ClientAdapter, method_class
 from ..trainer import FederatedSketchTrainer
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a client's local steps came to: the change of A `[k, in]` and B `[out, k]` by module, and its mean loss."""
+    """What a client's local steps came to: the change of A `[k, in]` and B `[out, k]` by module, without what is left
+    out of it, its norm before that, and the client's mean loss."""
 
     A: dict[str, torch.Tensor]
     B: dict[str, torch.Tensor]
+    norm: float
     loss: float
 
 
@@ -30,15 +33,20 @@ class _LocalEngine(RoundEngine):
     result: LocalResult
 
     def begin_round(self, round):
-        self.round = round
-        return self.plan(round)
+        self.round, plan = round, self.plan(round)
+        self._positions = {client.client_id: position for position, client in enumerate(plan.clients)}
+        return plan
 
     def _receive(self, client):
         return self.received
 
     def collect(self):
-        A, B = self.stack.change(0)
-        self.result = LocalResult(A, B, (self._losses / self.layout.local_steps).item())
+        (client,) = self._block
+        update = self._update(client, *self.stack.change(0), self.received)
+        norm, loss = update.norm().item(), (self._losses / self.layout.local_steps).item()
+        if self._compressor is not None:  # of numbers that are not finite, none is the largest
+            update = self._compress(client, self._transform(update))
+        self.result = LocalResult(update.A, update.B, norm, loss)
         self.abandon()
 
     def close_round(self):
@@ -66,6 +74,7 @@ class NodeTrainer(FederatedSketchTrainer):
     """
 
     _engine_class = _LocalEngine
+    feedback: ErrorFeedback | None = None  # with `error_feedback`: what was left out of the updates so far
 
     def __init__(self, *args, callbacks=(), **kwargs):
         super().__init__(*args, callbacks=[*callbacks, _OneRound()], **kwargs)
@@ -75,6 +84,9 @@ class NodeTrainer(FederatedSketchTrainer):
         if self.client_ranks.tolist() != [rank]:
             self.client_ranks = np.array([rank])
             self._plan_rounds(self.client_index, self.model.peft_config["default"].r)
+
+    def _open_feedback(self):
+        return self.feedback
 
     @property
     def method(self):

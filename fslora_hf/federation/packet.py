@@ -26,7 +26,7 @@ class Packet:
 
     Attributes:
         header: its `kind`, and what else there is to say, as JSON values.
-        tensors: by name; float32 or float64.
+        tensors: by name, of any type that safetensors and numpy both have.
     """
 
     header: Mapping[str, Any]
@@ -35,6 +35,11 @@ class Packet:
     @property
     def kind(self) -> str:
         return str(self.header.get("kind"))
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of the tensors, which is what the ledger counts."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to_bytes(self) -> bytes:
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self.tensors.items()}

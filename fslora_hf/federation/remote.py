@@ -3,24 +3,20 @@
 import logging
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..engine import RoundEngine
-from ..layout import Layout
 from ..methods import ClientAdapter
 from ..plan import ClientPlan
-from ..trainer import FederatedSketchTrainer
 from ..updates import RefusedUpdate, at_most
 from .exchange import Exchange, answers
+from .folds import Folds
 from .packet import Packet
+from .reading import Reader, Reply
 from .roster import FederationError, Roster
-from .tensors import to_numpy, to_tensor
+from .tensors import to_numpy
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +41,35 @@ class RoundRules:
 class RemoteEngine(RoundEngine):
     """A RoundEngine whose clients train elsewhere. Updates are folded in the simulator's order, whenever they came.
 
-    Args: as RoundEngine's, and how clients are reached, who they are, and when a round is over.
+    Args: as RoundEngine's, and how clients are reached, who they are, when a round is over, and, where nodes keep what
+        they leave out of their updates, the rounds done in each checkpoint that a run may go back to.
+
+    Attributes:
+        folded: client -> the last round in which its update was folded.
     """
 
-    def __init__(self, *, exchange: Exchange, roster: Roster, rules: RoundRules, **parts: Any):
+    def __init__(
+        self,
+        *,
+        exchange: Exchange,
+        roster: Roster,
+        rules: RoundRules,
+        checkpoints: Callable[[], Collection[int]] | None = None,
+        **parts: Any,
+    ):
         super().__init__(**parts)
         self.exchange, self.roster, self.rules = exchange, roster, rules
+        self.folded: dict[int, int] = {}
+        self._checkpoints = checkpoints
+        self._reader = Reader(self.method.trains, None if self._compressor is None else self._compressor.share)
+        self._folds = None if self.server.base is None else Folds(self.server.base)
+        self._bases: dict[int, int] = {}  # node -> how many rounds have been folded into its base
         if rules.max_update_norm is not None:
             self._transforms = (*self._transforms, at_most(rules.max_update_norm))
         self._notices: dict[int, str] = {}  # why the last update of a client was left out
         self._misses: dict[int, int] = {}  # deadlines that a client has missed in a row
         self._paused_until: dict[int, int] = {}  # the round from which on it is asked again
-        self._moved: dict[int, list[bool]] = {}  # client -> whether its part went down, and came back
+        self._moved: dict[int, list[int]] = {}  # client -> bytes that went down, and up
 
     def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
         """Send every client of the round its part; where they are too few, wait for nodes that come back in time."""
@@ -68,7 +81,7 @@ class RemoteEngine(RoundEngine):
         self._held: dict[int, ClientAdapter] = {}
         self._begun = time.monotonic()
         clients = self.plan(self.round).clients
-        self._moved = {client.client_id: [False, False] for client in clients}
+        self._moved = {client.client_id: [0, 0] for client in clients}
         for client in clients:
             self._ask(client, self.rules.deadline_seconds, self._paused_until.get(client.client_id, 0))
         while len(self._asked) < self.rules.min_clients and self._seconds_left() > 0:
@@ -94,17 +107,25 @@ class RemoteEngine(RoundEngine):
             self._held[number] = self._receive(client)
             packet = self._question(client, self._held[number], node)
             self._asked[node] = self.exchange.send(node, packet, max(seconds, 0.01))
-            self._moved[number][0] = True
+            self._moved[number][0] = packet.tensor_bytes
             self._missing.pop(number, None)
 
     def _question(self, client: ClientPlan, held: ClientAdapter, node: int) -> Packet:
         header = {"kind": "train", "round": self.round, "client_id": client.client_id, "rank": client.rank,
                   "scale": held.scale, "notice": self._notices.pop(client.client_id, None)}  # fmt: skip
+        if self._checkpoints is not None:
+            header |= {"run": self.roster.run, "folded": self.folded.get(client.client_id),
+                       "checkpoints": sorted(self._checkpoints())}  # fmt: skip
+        new = self.roster.is_new(node)
+        if self._folds is not None:  # the node draws its part from the seed, and its own base has all that was learned
+            dtype = str(next(iter(self.server.base.weights.values())).dtype).removeprefix("torch.")
+            header |= {"base_rounds": self.round, "base_dtype": dtype}
+            return Packet(header, self._folds.since(0 if new else self._bases[node], self.round))
         if self.method.beside_global:  # the node draws its part from the seed, and computes beside the global adapter
             pair = {"A": self.server.A, "B": self.server.B}
         else:
             pair = {side: getattr(held, side) for side in self.method.trains}
-            if self.roster.is_new(node):  # the side that is not trained, until it has come
+            if new:  # the side that is not trained, until it has come
                 pair |= {side: getattr(held, side) for side in "AB"}
         return Packet(header, to_numpy(pair))
 
@@ -119,11 +140,7 @@ class RemoteEngine(RoundEngine):
         for client in sorted(self.plan(self.round).clients, key=lambda client: client.rank):
             number = client.client_id
             if number in updates:
-                loss, A, B = updates[number]
-                self._fold(client, loss, self._update(client, A, B, self._held[number]))
-                *_, reason = self._outcomes[-1]
-                if reason is not None:
-                    self._missing[number] = self._notices[number] = reason
+                self._take(client, updates[number])
             else:
                 self._outcomes.append((number, math.nan, math.nan, 0.0, self._missing[number]))
         self.abandon()
@@ -136,18 +153,41 @@ class RemoteEngine(RoundEngine):
                 "kept; see to the nodes, or raise the deadline, and resume."
             )
 
-    def _await(self) -> dict[int, tuple[float, dict, dict]]:
-        """Client -> its loss and its change of A and B, of all that answer in time with what was asked for."""
-        updates: dict[int, tuple[float, dict, dict]] = {}
+    def _take(self, client: ClientPlan, reply: Reply) -> None:
+        """Fold an update, or note why not."""
+        update = self._update(client, reply.A, reply.B, self._held[client.client_id])
+        norm = update.norm().item() if reply.norm is None else reply.norm
+        self._fold(client, reply.loss, norm, update)
+        *_, reason = self._outcomes[-1]
+        if reason is None:
+            self.folded[client.client_id] = self.round
+        else:
+            self._missing[client.client_id] = self._notices[client.client_id] = reason
+
+    def _compress(self, client, update):
+        return update  # as it came: the node has left out what is not sent
+
+    def _step(self, change):
+        super()._step(change)
+        if self._folds is not None:
+            self._folds.note(self.round, change)
+            nodes = [member.node for member in self.roster.present().values()]
+            self._folds.forget(min((self._bases.get(node, 0) for node in nodes), default=0))
+
+    def _await(self) -> dict[int, Reply]:
+        """Client -> its update, of all that answer in time with what was asked for."""
+        updates: dict[int, Reply] = {}
         client_of = self.roster.clients_of(self._asked)
         plans = {client.client_id: client for client in self.plan(self.round).clients}
         for node, answer in answers(self.exchange, self._asked, self._seconds_left()):
             number = client_of[node]
             self._misses.pop(number, None)
-            self._moved[number][1] = isinstance(answer, Packet) and answer.kind == "update"
+            if isinstance(answer, Packet) and answer.kind == "update":
+                self._moved[number][1] = answer.tensor_bytes
             try:
-                updates[number] = self._read(plans[number], answer)
+                updates[number] = self._reader.read(answer, self.round, plans[number], self._held[number])
                 self.roster.is_known(node)
+                self._bases[node] = self.round
             except RefusedUpdate as refusal:
                 self._missing[number] = self._notices[number] = str(refusal)
             if isinstance(answer, Packet) and answer.header.get("uninvited"):
@@ -165,83 +205,7 @@ class RemoteEngine(RoundEngine):
         seconds = self.rules.deadline_seconds
         self._missing[number] = self._notices[number] = f"it did not answer within {seconds:g} s"
 
-    def _read(self, client: ClientPlan, answer: Packet | str) -> tuple[float, dict, dict]:
-        """A client's loss and its change of A and B, if they are what was asked for."""
-        if isinstance(answer, str):
-            raise RefusedUpdate(answer)
-        if answer.kind != "update":
-            raise RefusedUpdate(str(answer.header.get("reason", f"it answered with a packet of kind {answer.kind}")))
-        loss, found = answer.header.get("loss"), answer.header.get("round")
-        if found != self.round or answer.header.get("client_id") != client.client_id:
-            raise RefusedUpdate(f"the update is of round {found}, client {answer.header.get('client_id')}")
-        held = self._held[client.client_id]
-        sides = []
-        for side in ("A", "B"):
-            parts = getattr(held, side) if side in self.method.trains else {}
-            sides.append({module: _tensor(answer, f"{side}.{module}", part) for module, part in parts.items()})
-        surplus = sorted(
-            answer.tensors.keys() - {f"{s}.{m}" for s, side in zip("AB", sides, strict=True) for m in side}
-        )
-        if surplus:
-            raise RefusedUpdate(f"the update holds {surplus[0]}, which was not asked for")
-        return float(loss) if isinstance(loss, (int, float)) else math.nan, *sides
-
     def _bytes_moved(self, client: ClientPlan) -> tuple[int, int]:
         """What really crossed the wire: nothing to a client that was not asked, nothing from one that is silent."""
         down, up = self._moved[client.client_id]
-        bytes_down, bytes_up = super()._bytes_moved(client)
-        return bytes_down * down, bytes_up * up
-
-
-def _tensor(answer: Packet, name: str, like: torch.Tensor) -> torch.Tensor:
-    array = answer.tensors.get(name)
-    if array is None:
-        raise RefusedUpdate(f"the update lacks {name}")
-    if array.shape != tuple(like.shape):
-        raise RefusedUpdate(f"the update holds {name} of shape {array.shape}, not {tuple(like.shape)}")
-    expected = str(like.dtype).removeprefix("torch.")
-    if str(array.dtype) != expected:
-        raise RefusedUpdate(f"the update holds {name} as {array.dtype}, not {expected}")
-    return to_tensor(array, like)
-
-
-class FederationTrainer(FederatedSketchTrainer):
-    """FederatedSketchTrainer on a federation's server: everything of a round but its local steps, which nodes take.
-
-    Its rows are placeholders that say whose each example is, and that is all that is known of them here. Checkpoints,
-    evaluation, the Hub, the ledger and resuming are the simulator's.
-
-    Args: as FederatedSketchTrainer's, with `exchange`, `roster` and `rules` before them.
-    """
-
-    def __init__(self, exchange: Exchange, roster: Roster, rules: RoundRules, **kwargs):
-        self._roster = roster
-        self._engine_class = partial(RemoteEngine, exchange=exchange, roster=roster, rules=rules)
-        super().__init__(**kwargs)
-
-    def _lay_out(self, block_size):
-        # The second of two processes, which idles while the first, the nodes, trains all clients in one wave.
-        self.layout = Layout(self.cohort_size, local_steps=1, block_size=self.cohort_size, processes=2, process=1)
-
-    def _open_run(self) -> None:
-        super()._open_run()
-        self._roster.save(Path(self.args.output_dir))  # only now is it known that no other run lies there
-
-    @property
-    def _slots(self) -> int:
-        return 1
-
-    def _interrupted(self) -> None:
-        # The last whole round may not have been saved yet.
-        if self._engine is not None and self.rounds_done:
-            self._engine.abandon()
-            self.control.should_training_stop = True
-            self.state.global_step = self.rounds_done + 1  # as within the next one
-            self._save_checkpoint(self.model, None)
-
-    def _clip_grad_norm(self, model):
-        return torch.zeros(())
-
-    def log(self, logs, start_time=None):
-        # Local steps are taken elsewhere: of their loss the round's own log tells.
-        super().log({name: value for name, value in logs.items() if name not in ("loss", "grad_norm")}, start_time)
+        return down, up

@@ -3,11 +3,11 @@
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -58,6 +58,7 @@ class Roster:
         self._asked: dict[Hashable, int] = {}
         self._seen: set[int] = set()
         self.members: dict[int, Member] = {}
+        self.run = secrets.token_hex(8)  # tells nodes this run from others
         self.turned_away: dict[int, str] = {}
         self._closed = False
         self._new: set[int] = set()
@@ -164,7 +165,7 @@ class Roster:
         rows = [{"client_id": m.client_id, "examples": m.examples, "rank": m.rank} for m in self.ordered()]
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{ROSTER_NAME}.partial"
-        partial.write_text(json.dumps({"clients": rows}, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps({"run": self.run, "clients": rows}, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, folder / ROSTER_NAME)
 
     def restore(self, folder: Path) -> bool:
@@ -172,7 +173,8 @@ class Roster:
         path = folder / ROSTER_NAME
         if not path.is_file():
             return False
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["clients"]
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        self.run, rows = saved["run"], saved["clients"]
         self.members = {row["client_id"]: Member(row["client_id"], row["examples"], row["rank"], None) for row in rows}
         self.close()
         return True

@@ -13,15 +13,15 @@ from datasets import Dataset
 
 from ..config import FederatedSketchConfig
 from ..launch import build_trainer, finish
-from ..methods import method_class
 from ..recipe import ModelArguments, RecipeArguments, build_settings, read_file, read_flags
 from ..run import ranks_of_clients
 from ..settings import SettingsError, field_problems, is_a, sentence
 from .exchange import Exchange
 from .packet import Packet
-from .remote import FederationTrainer, RoundRules
+from .remote import RoundRules
 from .roster import Roster
 from .standing import Standing
+from .trainer import FederationTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,6 @@ def check_recipe(args: FederatedSketchConfig, min_clients: int) -> Iterator[str]
     if args.clients_per_round is not None and min_clients > args.clients_per_round:
         yield (f"Expected min_clients of at most clients_per_round={args.clients_per_round}, found {min_clients}: "
                "lower it, or raise clients_per_round.")  # fmt: skip
-    if method_class(args.method).folds:
-        yield (f"Expected a method that leaves the base model as it is, found method={args.method}, which would "
-               "change it on every node: use flora_residual, or simulate.")  # fmt: skip
-    if args.upload_top_k is not None:
-        yield (f"Expected upload_top_k to be unset in a federation, found {args.upload_top_k}: whole updates are "
-               "sent; remove it, or simulate.")  # fmt: skip
 
 
 def run_federation(federation: FederationArguments, exchange: Exchange) -> str:

@@ -34,6 +34,8 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="precision of the base model, in place of the "
         "recipe's")  # fmt: skip
     add("--device", help="cpu, or a GPU such as cuda:1, in place of the recipe's")
+    add("--folder", help="for what outlasts this process: with `error_feedback`, what updates left out; none: it is "
+        "forgotten when the node ends")  # fmt: skip
     add("--superlink", required=True, help="the SuperLink's address, host:port")
     add("--port", type=int, default=9094, help="of the SuperNode's own service on this machine, another for each node")
     add("--root_certificates", help="the certificate of who signed the SuperLink's; none: the system's")
@@ -104,6 +106,7 @@ def main() -> None:
                 rank=options.rank,
                 dtype=options.dtype,
                 device=device or None,
+                memory=options.folder,
             )
         )
         path = str(Path(folder) / "link" / "socket")

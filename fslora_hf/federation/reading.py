@@ -1,0 +1,90 @@
+"""Updates as they come over the wire, held against what a client was asked for."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..methods import ClientAdapter
+from ..plan import ClientPlan
+from ..updates import RefusedUpdate
+from .packet import Packet
+from .sparse import unpack
+from .tensors import to_tensor
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client came to: its mean loss, the change of A `[k, in]` and B `[out, k]` of the sides it trains, by
+    module, and the norm of that change before a part of it was left out (None: nothing was). Loss and norm are told by
+    the client."""
+
+    loss: float
+    A: dict[str, torch.Tensor]
+    B: dict[str, torch.Tensor]
+    norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the updates of a run.
+
+    Attributes:
+        trains: the sides that clients train and send.
+        share: of the numbers of a change that is sent; None for all of it.
+    """
+
+    trains: tuple[str, ...]
+    share: float | None = None
+
+    def read(self, answer: Packet | str, round: int, client: ClientPlan, held: ClientAdapter) -> Reply:
+        """The update in an answer, if it is what this client was asked for in this round.
+
+        Raises:
+            RefusedUpdate: it is not; says why.
+        """
+        if isinstance(answer, str):
+            raise RefusedUpdate(answer)
+        header = answer.header
+        if answer.kind != "update":
+            raise RefusedUpdate(str(header.get("reason", f"it answered with a packet of kind {answer.kind}")))
+        found = header.get("round"), header.get("client_id")
+        if found != (round, client.client_id):
+            raise RefusedUpdate(f"the update is of round {found[0]}, client {found[1]}")
+        wanted = {f"{side}.{module}": tensor for side in self.trains for module, tensor in getattr(held, side).items()}
+        tensors, norm = answer.tensors, None
+        if self.share is not None:
+            dtype = _numpy_type(next(iter(wanted.values())))
+            tensors = unpack(tensors, {name: tuple(like.shape) for name, like in wanted.items()}, dtype, self.share)
+            norm = _number(header, "norm")
+        sides: dict[str, dict[str, torch.Tensor]] = {"A": {}, "B": {}}
+        for name, like in wanted.items():
+            side, module = name.split(".", 1)
+            sides[side][module] = _tensor(tensors, name, like)
+        surplus = sorted(tensors.keys() - wanted.keys())
+        if surplus:
+            raise RefusedUpdate(f"the update holds {surplus[0]}, which was not asked for")
+        return Reply(_number(header, "loss"), **sides, norm=norm)
+
+
+def _number(header: Mapping[str, Any], name: str) -> float:
+    value = header.get(name)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _numpy_type(tensor: torch.Tensor) -> np.dtype:
+    return np.dtype(str(tensor.dtype).removeprefix("torch."))
+
+
+def _tensor(tensors: Mapping[str, np.ndarray], name: str, like: torch.Tensor) -> torch.Tensor:
+    array, expected = tensors.get(name), _numpy_type(like)
+    if array is None:
+        raise RefusedUpdate(f"the update lacks {name}")
+    if array.shape != tuple(like.shape):
+        raise RefusedUpdate(f"the update holds {name} of shape {array.shape}, not {tuple(like.shape)}")
+    if array.dtype != expected:
+        raise RefusedUpdate(f"the update holds {name} as {array.dtype}, not {expected}")
+    return to_tensor(array, like)

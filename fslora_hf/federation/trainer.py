@@ -1,0 +1,83 @@
+"""The trainer of a federation's server."""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..layout import Layout
+from ..ledger import read_records
+from ..trainer import FederatedSketchTrainer
+from .exchange import Exchange
+from .remote import RemoteEngine, RoundRules
+from .roster import Roster
+
+
+class FederationTrainer(FederatedSketchTrainer):
+    """FederatedSketchTrainer on a federation's server: everything of a round but its local steps, which nodes take.
+
+    Its rows are placeholders that say whose each example is, and that is all that is known of them here. Checkpoints,
+    evaluation, the Hub, the ledger and resuming are the simulator's.
+
+    Args: as FederatedSketchTrainer's, with `exchange`, `roster` and `rules` before them.
+    """
+
+    def __init__(self, exchange: Exchange, roster: Roster, rules: RoundRules, **kwargs):
+        self._roster = roster
+        self._engine_class = partial(RemoteEngine, exchange=exchange, roster=roster, rules=rules)
+        super().__init__(**kwargs)
+        if self.args.error_feedback:
+            self._engine_class.keywords["checkpoints"] = self._checkpoints
+
+    def _checkpoints(self) -> set[int]:
+        """Rounds done in each checkpoint of this run's folder, whose names have them where a round is one step."""
+        found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(self.args.output_dir).iterdir())
+        return {int(name[1]) for name in found if name}
+
+    @property
+    def keeps_feedback(self):
+        return False  # the nodes do
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.error_feedback:
+            self._engine.folded = last_folded(read_records(self.ledger_path))
+
+    def _lay_out(self, block_size):
+        # The second of two processes, which idles while the first, the nodes, trains all clients in one wave.
+        self.layout = Layout(self.cohort_size, local_steps=1, block_size=self.cohort_size, processes=2, process=1)
+
+    def _open_run(self) -> None:
+        super()._open_run()
+        self._roster.save(Path(self.args.output_dir))  # only now is it known that no other run lies there
+
+    @property
+    def _slots(self) -> int:
+        return 1
+
+    def _interrupted(self) -> None:
+        # The last whole round may not have been saved yet.
+        if self._engine is not None and self.rounds_done:
+            self._engine.abandon()
+            self.control.should_training_stop = True
+            self.state.global_step = self.rounds_done + 1  # as within the next one
+            self._save_checkpoint(self.model, None)
+
+    def _clip_grad_norm(self, model):
+        return torch.zeros(())
+
+    def log(self, logs, start_time=None):
+        # Local steps are taken elsewhere: of their loss the round's own log tells.
+        super().log({name: value for name, value in logs.items() if name not in ("loss", "grad_norm")}, start_time)
+
+
+def last_folded(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Client -> the last round of a ledger in which its update was folded."""
+    folded: dict[int, int] = {}
+    for record in records:
+        refused = {one["client_id"] for one in record["refused"]}
+        folded |= {client: record["round"] for client in record["clients"] if client not in refused}
+    return folded
