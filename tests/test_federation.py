@@ -172,6 +172,20 @@ def test_too_few_updates_end_the_run_with_every_whole_round_kept(tmp_path, recip
     check_same_ledger(tmp_path / "run", tmp_path / "simulated")
 
 
+def test_what_ended_a_run_is_told_although_its_last_round_cannot_be_saved(
+    tmp_path, recipe, nodes, caplog, monkeypatch
+):
+    broken = {number: faulty(node, FAULTS["nan"][0], rounds=(2,)) for number, node in nodes.items()}
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fslora_hf.trainer.whole_folder", full)
+    with pytest.raises(FederationError, match="found 0"):
+        federated.federate(recipe, federated.LocalExchange(broken))
+    assert "The last whole round could not be saved" in caplog.text and "No space left" in caplog.text
+
+
 def test_a_round_waits_for_nodes_that_come_back_in_time(tmp_path, recipe, nodes):
     """All have gone when round 1 begins; the run goes on with them, and ends as the simulator's."""
     federated.simulate(recipe, tmp_path / "simulated")

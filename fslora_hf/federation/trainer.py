@@ -1,5 +1,6 @@
 """The trainer of a federation's server."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -14,6 +15,8 @@ from ..trainer import FederatedSketchTrainer
 from .exchange import Exchange
 from .remote import RemoteEngine, RoundRules
 from .roster import Roster
+
+logger = logging.getLogger(__name__)
 
 
 class FederationTrainer(FederatedSketchTrainer):
@@ -64,7 +67,10 @@ class FederationTrainer(FederatedSketchTrainer):
             self._engine.abandon()
             self.control.should_training_stop = True
             self.state.global_step = self.rounds_done + 1  # as within the next one
-            self._save_checkpoint(self.model, None)
+            try:
+                self._save_checkpoint(self.model, None)
+            except Exception:  # what ended the run is what its user must be told
+                logger.exception("The last whole round could not be saved; the checkpoints before it are whole.")
 
     def _clip_grad_norm(self, model):
         return torch.zeros(())
