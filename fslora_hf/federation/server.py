@@ -105,7 +105,8 @@ def run_federation(federation: FederationArguments, exchange: Exchange) -> str:
         rows=placeholder_rows(roster, args.client_id_column),
     )
     # The process's own command line is Flower's, and holds a token.
-    trainer.card_facts = {**trainer.card_facts, "command": "flwr run recipes/federation/app",
+    command = f"flwr run recipes/federation/app --run-config 'recipe=\"{Path(federation.recipe).name}\"'"
+    trainer.card_facts = {**trainer.card_facts, "command": command, "simulated": False,
                           "data": f"{len(trainer.train_dataset):,} rows of {len(roster.members)} clients"}  # fmt: skip
     trainer.train(resume_from_checkpoint=True if federation.resume else None)
     return finish(trainer)

@@ -52,6 +52,7 @@ class CardContext:
         command: that made the run; tokens in it are masked.
         license: the card's, unless someone wrote another into the card.
         endpoint: the Hub's address, for links.
+        simulated: whether clients were not machines of their own.
     """
 
     name: str
@@ -80,6 +81,7 @@ class CardContext:
     license: str | None = None
     citation: str = CITATION
     endpoint: str = "https://huggingface.co"
+    simulated: bool = True
 
     @property
     def tag(self) -> str:

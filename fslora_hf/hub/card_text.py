@@ -48,9 +48,14 @@ def _introduction(context: CardContext) -> str:
     return (
         f"A LoRA adapter for {_base(context)}, trained by federated learning with {plain(name)} and shown here "
         f"{progress}. In each round {count(context.clients_per_round, 'client')} of {context.num_clients:,} trained "
-        f"{part}, and a server averaged what they returned; the federation was simulated, so bytes were counted and "
-        "not sent."
+        f"{part}, and a server averaged what they returned; {_crossed_the_wire(context.simulated)}"
     )
+
+
+def _crossed_the_wire(simulated: bool) -> str:
+    if simulated:
+        return "the federation was simulated, so bytes were counted and not sent."
+    return "each client was a node of its own, which kept its rows, and bytes are those that were sent."
 
 
 def _base(context: CardContext) -> str:
