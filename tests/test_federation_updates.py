@@ -15,6 +15,7 @@ from fslora_hf.federation.node_feedback import NodeFeedback, feedback_of
 from fslora_hf.federation.packet import Packet
 from fslora_hf.federation.roster import FederationError
 from fslora_hf.federation.sparse import pack, unpack
+from fslora_hf.federation.trainer import last_folded
 from fslora_hf.folding import FoldedBase
 from fslora_hf.updates import RefusedUpdate
 from tests import federated, reference
@@ -215,6 +216,12 @@ def test_settling_goes_back_to_what_the_server_has(tmp_path):
     write(5)
     feedback.settle(4, None, [])
     assert rounds() == []
+
+
+def test_a_ledger_tells_which_update_of_a_client_was_folded_last():
+    refused = [{"client_id": 2, "reason": "of the test"}]
+    records = [{"round": 0, "clients": [1, 2, 5], "refused": []}, {"round": 3, "clients": [1, 2], "refused": refused}]
+    assert last_folded(records) == {1: 3, 2: 0, 5: 0} and last_folded([]) == {}
 
 
 @pytest.mark.parametrize("run", ["", "../../elsewhere", "0123456789abcde", "0123456789ABCDEF"])
