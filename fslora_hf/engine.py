@@ -98,17 +98,14 @@ class RoundEngine:
         """Add a client's update, of this norm when it was whole, to the accumulator, or note why it is refused."""
         weight, reason = 0.0, None
         try:
-            update = self._compress(client, self._transform(update))
+            for transform in self._transforms:
+                update = transform(update)
+            update = self._compress(client, update)
             self.method.accumulate(self._accumulator, update)
             weight = check_weight(self.method, client, self.method.weigh(update))
         except RefusedUpdate as refusal:
             reason = str(refusal)
         self._outcomes.append((client.client_id, loss, norm, weight, reason))
-
-    def _transform(self, update: ClientUpdate) -> ClientUpdate:
-        for transform in self._transforms:
-            update = transform(update)
-        return update
 
     def _compress(self, client: ClientPlan, update: ClientUpdate) -> ClientUpdate:
         """What of an update reaches the server."""

@@ -140,6 +140,15 @@ def test_what_is_not_sound_is_left_out_told_and_asked_for_again(tmp_path, recipe
                for half in pair for value in (half.min().item(), half.max().item()))  # fmt: skip
 
 
+@pytest.mark.parametrize("loss", ["much", None, True, [1.0], "nan", 1e999])
+def test_a_loss_that_is_no_number_is_none_in_the_ledger(tmp_path, recipe, nodes, loss):
+    nodes[102] = faulty(nodes[102], lambda packet: Packet({**packet.header, "loss": loss}, packet.tensors))
+    federated.federate(recipe, federated.LocalExchange(nodes))
+    lines = ledger(tmp_path / "run")
+    assert lines[1]["losses"][2] is None and None not in lines[0]["losses"] + lines[1]["losses"][:2]
+    assert [line["refused"] for line in lines] == [[], [], []]
+
+
 def test_a_round_without_a_client_is_the_simulators_that_refuses_it(tmp_path, recipe, nodes, monkeypatch):
     """The others' weights are renormalised, and nothing else changes."""
     nodes[102] = faulty(nodes[102], lambda packet: None, rounds=(0, 1, 2))

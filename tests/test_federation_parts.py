@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fslora_hf.federation import flower, link
+from fslora_hf.federation.exchange import answers
 from fslora_hf.federation.packet import Packet, PacketError
 from fslora_hf.federation.roster import FederationError, Roster
 from fslora_hf.federation.server_app import read_run_config
@@ -117,6 +118,18 @@ def test_settings_are_read_as_flower_gives_them():
         600.0,
         False,
     )
+
+
+def test_nobody_waits_for_a_node_that_has_left():
+    """One answers and leaves, one leaves, one is silent."""
+    silent = dict.fromkeys((8, 9), lambda packet: None)
+    exchange = federated.LocalExchange({7: lambda packet: Packet({"kind": "noted"}), **silent})
+    tickets = {node: exchange.send(node, Packet({"kind": "ping"}), 1.0) for node in (7, 8, 9)}
+    exchange.nodes_by_number = {9: None}
+    start = time.monotonic()
+    found = dict(answers(exchange, {7: tickets[7], 8: tickets[8]}, 30.0))
+    assert found[7].kind == "noted" and found[8] == "the node is no longer connected" and time.monotonic() - start < 5
+    assert list(answers(exchange, {9: tickets[9]}, 0.05)) == [] and time.monotonic() - start >= 0.05
 
 
 # ---- What must be equal ----

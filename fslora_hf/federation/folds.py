@@ -26,8 +26,13 @@ class Folds:
     def note(self, round: int, change: PairChange | None) -> None:
         """Keep what a round added: A `[K, in]` and B `[out, K]` by module, None for nothing."""
         self._stacks[round] = {} if change is None else to_numpy(dict(zip("AB", change, strict=True)))
-        while _bytes(self._stacks) > self._base.bytes:
+        while self.bytes > self._base.bytes:  # from here on, the weights are less
             del self._stacks[min(self._stacks)]
+
+    @property
+    def bytes(self) -> int:
+        """Of all stacks that are kept."""
+        return sum(array.nbytes for arrays in self._stacks.values() for array in arrays.values())
 
     def forget(self, before: int) -> None:
         """Drop the stacks of rounds that all nodes have."""
@@ -38,10 +43,8 @@ class Folds:
         """Tensors for a node whose base holds the rounds before `round`, with which it holds those before `now`."""
         missing = range(round, now)
         if all(each in self._stacks for each in missing):
-            stacks = {each: self._stacks[each] for each in missing}
-            if _bytes(stacks) <= self._base.bytes:
-                return {f"{FOLD}.{each}.{name}": array for each, arrays in stacks.items()
-                        for name, array in arrays.items()}  # fmt: skip
+            return {f"{FOLD}.{each}.{name}": array for each in missing
+                    for name, array in self._stacks[each].items()}  # fmt: skip
         return {f"{BASE}.{module}": _bits(weight) for module, weight in self._base.weights.items()}
 
 
@@ -53,12 +56,12 @@ def bring_up(base: FoldedBase, tensors: Mapping[str, np.ndarray], dtype: str, ha
         dtype: of the server's base, as `bfloat16`.
         have: the node's base holds the rounds before this one; the server may think it to be behind.
     """
-    whole = {module: tensors[f"{BASE}.{module}"] for module in base.weights if f"{BASE}.{module}" in tensors}
-    for module, bits in whole.items():
+    weights = {module: tensors[f"{BASE}.{module}"] for module in base.weights if f"{BASE}.{module}" in tensors}
+    for module, bits in weights.items():
         base.weights[module].data.copy_(torch.from_numpy(bits.copy()).view(getattr(torch, dtype)))
     for round in range(have, now):
         stack = {side: {module: f"{FOLD}.{round}.{side}.{module}" for module in base.weights} for side in "AB"}
-        if not whole and stack["A"][next(iter(base.weights))] in tensors:
+        if stack["A"][next(iter(base.weights))] in tensors:
             base.fold(*({module: _like(tensors[name], base.weights[module]) for module, name in names.items()}
                         for names in stack.values()))  # fmt: skip
 
@@ -71,7 +74,3 @@ def _bits(weight: torch.Tensor) -> np.ndarray:
     """A weight as numpy has it, or, where numpy has no such type, its bits."""
     weight = weight.detach().cpu().contiguous()
     return (weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight).numpy()
-
-
-def _bytes(stacks: Mapping[int, Mapping[str, np.ndarray]]) -> int:
-    return sum(array.nbytes for arrays in stacks.values() for array in arrays.values())

@@ -20,7 +20,6 @@ from ..launch import build_trainer, training_rows
 from ..methods import ClientAdapter
 from ..recipe import ModelArguments, RecipeArguments, build_settings
 from ..server import ServerState
-from ..updates import RefusedUpdate
 from .folds import bring_up
 from .node_feedback import feedback_of
 from .node_trainer import NodeTrainer
@@ -80,8 +79,6 @@ class Node:
             if packet.kind == "turned_away":
                 logger.warning("The server turned this node away: %s", packet.header.get("reason"))
             return Packet({"kind": "noted"})
-        except RefusedUpdate as refusal:
-            return failed(str(refusal))
         except Exception as error:  # the server is told, and the node goes on
             logger.exception("A packet of kind %s could not be answered.", packet.kind)
             return failed(f"{type(error).__name__}: {error}")

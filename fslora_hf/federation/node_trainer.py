@@ -44,8 +44,7 @@ class _LocalEngine(RoundEngine):
         (client,) = self._block
         update = self._update(client, *self.stack.change(0), self.received)
         norm, loss = update.norm().item(), (self._losses / self.layout.local_steps).item()
-        if self._compressor is not None:  # of numbers that are not finite, none is the largest
-            update = self._compress(client, self._transform(update))
+        update = self._compress(client, update)  # what is not finite counts as largest, and the server refuses it
         self.result = LocalResult(update.A, update.B, norm, loss)
         self.abandon()
 

@@ -72,7 +72,7 @@ class Reader:
 
 def _number(header: Mapping[str, Any], name: str) -> float:
     value = header.get(name)
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
 def _numpy_type(tensor: torch.Tensor) -> np.dtype:
