@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from fslora_hf.federation import flower, link
 from fslora_hf.federation.exchange import answers
@@ -36,8 +37,15 @@ def test_a_packet_comes_out_as_it_went_in():
         np.testing.assert_array_equal(again.tensors[name], tensor)
 
 
-@pytest.mark.parametrize("blob", [b"", b"\0" * 7, b"x" * 100, Packet({}).to_bytes()[:-3] + b"}}}"])
+def nested():
+    """A header of so many lists within each other that no parser will follow."""
+    return save({"x": np.zeros(1)}, metadata={"header": "[" * 100_000})
+
+
+@pytest.mark.parametrize("blob", [b"", b"\0" * 7, b"x" * 100, Packet({}).to_bytes()[:-3] + b"}}}", nested])
 def test_bytes_that_are_no_packet_are_told(blob):
+    if callable(blob):
+        blob = blob()
     with pytest.raises(PacketError, match="Expected a packet, found bytes that cannot be read"):
         Packet.from_bytes(blob)
 
@@ -83,7 +91,7 @@ def test_a_folder_that_others_may_enter_is_refused():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         with pytest.raises(link.LinkError, match="to be its owner's alone, found it open to others"):
-            link.serve(f"{folder}/socket", bytes)
+            link.serve(f"{folder}/socket", bytes, alive=lambda: pytest.fail("It serves."))
 
 
 def test_what_passes_packets_on_loads_no_torch():
@@ -179,12 +187,19 @@ def joined(client, examples=3, rank=2, **standing):
     return Packet({**header, "standing": OWN.to_header() | standing})
 
 
+def standing_as(standing):
+    """An answer with this in place of a standing, or with a standing that differs in this."""
+    if isinstance(standing, dict):
+        return joined(0, **standing)
+    return Packet({**joined(0).header, "standing": standing})
+
+
 def roster_of(answers, **settings):
     """A roster, its exchange, and the exchange's nodes: number -> answer to the invitation."""
     nodes = {node: lambda packet, given=given: given if packet.kind == "join" else Packet({"kind": "noted"})
              for node, given in answers.items()}  # fmt: skip
     exchange = federated.LocalExchange(nodes)
-    return Roster(exchange, Packet({"kind": "join"}), OWN, join_seconds=0.05), exchange
+    return Roster(exchange, Packet({"kind": "join"}), OWN, join_seconds=0.05, **settings), exchange
 
 
 @pytest.mark.parametrize(
@@ -195,22 +210,34 @@ def roster_of(answers, **settings):
         ({"version": "0.2.0"}, "Expected fslora_hf 0.1.0 as on the server, found 0.2.0"),
         ({"configuration": {"optim": "sgd", "learning_rate": 0.5}}, "Expected learning_rate 0.01 as on the server, "
          "found 0.5"),
+        (["base"], "Expected fslora_hf 0.1.0 as on the server, found None"),
         ({"configuration": None}, "Expected learning_rate 0.01 as on the server, found None"),
     ],
 )  # fmt: skip
 def test_a_node_that_differs_is_turned_away_and_told(standing, message):
-    roster, exchange = roster_of({7: joined(0, **standing), 8: joined(1)})
+    roster, exchange = roster_of({7: standing_as(standing), 8: joined(1)})
     roster.refresh()
     assert list(roster.members) == [1] and message in roster.turned_away[7]
     ((node, notice),) = [(node, packet) for node, packet in exchange.sent if packet.kind == "turned_away"]
     assert node == 7 and notice.header["reason"] == roster.turned_away[7]
 
 
-@pytest.mark.parametrize("client, examples, rank", [(-1, 3, 2), (True, 3, 2), (0, 0, 2), (0, 3, 0), ("0", 3, 2)])
+@pytest.mark.parametrize(
+    "client, examples, rank",
+    [(-1, 3, 2), (True, 3, 2), (0, 0, 2), (0, 3, 0), ("0", 3, 2), (2**31, 3, 2), ([0], 3, 2), (0, 3.0, 2)],
+)
 def test_answers_that_make_no_sense_are_turned_away(client, examples, rank):
     roster, _ = roster_of({7: joined(client, examples, rank)})
     roster.refresh()
     assert not roster.members and "Expected a client from 0 on" in roster.turned_away[7]
+
+
+def test_answers_beyond_what_the_server_can_hold_are_turned_away():
+    roster, _ = roster_of({7: joined(0, 10_000_001), 8: joined(1, rank=5), 9: joined(2, rank=4)}, most_rank=4)
+    roster.refresh()
+    assert list(roster.members) == [2]
+    assert "Expected at most 10,000,000 examples, found 10,000,001" in roster.turned_away[7]
+    assert "Expected a rank of at most lora_r=4, found 5: give the node a lower --rank" in roster.turned_away[8]
 
 
 def test_too_few_nodes_end_the_wait_with_the_reasons(caplog):

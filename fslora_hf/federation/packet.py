@@ -56,7 +56,7 @@ class Packet:
             tensors = load(blob)
             length = int.from_bytes(blob[:8], "little")
             header = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["header"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PacketError(f"Expected a packet, found bytes that cannot be read ({error}).") from error
         if not isinstance(header, dict) or header.get("protocol") != PROTOCOL:
             found = header.get("protocol") if isinstance(header, dict) else header

@@ -74,7 +74,8 @@ class RemoteEngine(RoundEngine):
     def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
         """Send every client of the round its part; where they are too few, wait for nodes that come back in time."""
         self._wave, self._block = wave, ()
-        self._asked: dict[int, Hashable] = {}
+        self._asked: dict[int, Hashable] = {}  # node -> the ticket of its answer
+        self._client_of: dict[int, int] = {}
         self.roster.refresh()
         self.stack.load([])
         self._missing: dict[int, str] = {}
@@ -89,7 +90,7 @@ class RemoteEngine(RoundEngine):
             time.sleep(min(self.exchange.poll_seconds, self._seconds_left()))
             self.roster.refresh()
             for client in clients:
-                if client.client_id not in self._held:
+                if self.roster.node_of(client.client_id) not in self._asked:
                     self._ask(client, self._seconds_left())
         return clients
 
@@ -104,10 +105,13 @@ class RemoteEngine(RoundEngine):
         elif self.round < again:
             self._missing[number] = f"it missed its last deadline; it is asked again in round {again}"
         else:
+            for left in [left for left, asked in self._client_of.items() if asked == number]:
+                del self._asked[left], self._client_of[left]  # it came back as another node
             self._held[number] = self._receive(client)
             packet = self._question(client, self._held[number], node)
             self._asked[node] = self.exchange.send(node, packet, max(seconds, 0.01))
-            self._moved[number][0] = packet.tensor_bytes
+            self._client_of[node] = number
+            self._moved[number][0] += packet.tensor_bytes
             self._missing.pop(number, None)
 
     def _question(self, client: ClientPlan, held: ClientAdapter, node: int) -> Packet:
@@ -171,29 +175,30 @@ class RemoteEngine(RoundEngine):
         super()._step(change)
         if self._folds is not None:
             self._folds.note(self.round, change)
-            nodes = [member.node for member in self.roster.present().values()]
+            nodes = {member.node for member in self.roster.present().values()}
+            self._bases = {node: rounds for node, rounds in self._bases.items() if node in nodes}
             self._folds.forget(min((self._bases.get(node, 0) for node in nodes), default=0))
 
     def _await(self) -> dict[int, Reply]:
         """Client -> its update, of all that answer in time with what was asked for."""
         updates: dict[int, Reply] = {}
-        client_of = self.roster.clients_of(self._asked)
         plans = {client.client_id: client for client in self.plan(self.round).clients}
         for node, answer in answers(self.exchange, self._asked, self._seconds_left()):
-            number = client_of[node]
+            number = self._client_of[node]
             self._misses.pop(number, None)
             if isinstance(answer, Packet) and answer.kind == "update":
                 self._moved[number][1] = answer.tensor_bytes
             try:
                 updates[number] = self._reader.read(answer, self.round, plans[number], self._held[number])
                 self.roster.is_known(node)
-                self._bases[node] = self.round
+                if self._folds is not None:
+                    self._bases[node] = self.round
             except RefusedUpdate as refusal:
                 self._missing[number] = self._notices[number] = str(refusal)
             if isinstance(answer, Packet) and answer.header.get("uninvited"):
                 self.roster.invite_again(node)
             logger.info("Round %d: %d of %d clients have answered.", self.round, len(updates), len(self._asked))
-        for number in client_of.values():
+        for number in self._client_of.values():
             if number not in updates and number not in self._missing:
                 self._miss(number)
         return updates

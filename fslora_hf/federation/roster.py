@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .standing import Standing
 
 logger = logging.getLogger(__name__)
 
+MOST_EXAMPLES = 10_000_000  # of a client; the server holds a placeholder for each
 ROSTER_NAME = "federation.json"  # in a run's folder
 CLAIM_SECONDS = 30.0  # for a node whose client another claims to say that it is still there
 
@@ -50,11 +51,19 @@ class Roster:
         invitation: the question, which tells a node what is to be trained.
         own: what the server trains with.
         join_seconds: how long a node may take to answer; it loads its model meanwhile.
+        most_rank: that a client can have; None: any.
     """
 
-    def __init__(self, exchange: Exchange, invitation: Packet, own: Standing, join_seconds: float):
+    def __init__(
+        self,
+        exchange: Exchange,
+        invitation: Packet,
+        own: Standing,
+        join_seconds: float,
+        most_rank: int | None = None,
+    ):
         self._exchange, self._invitation, self._own = exchange, invitation, own
-        self._join_seconds = join_seconds
+        self._join_seconds, self._most_rank = join_seconds, most_rank
         self._asked: dict[Hashable, int] = {}
         self._seen: set[int] = set()
         self.members: dict[int, Member] = {}
@@ -139,11 +148,16 @@ class Roster:
             return
         client, examples, rank = (header.get(name) for name in ("client_id", "examples", "rank"))
         whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (client, examples, rank or 1))
-        if not whole or client < 0 or examples < 1 or (rank is not None and rank < 1):
+        if not whole or not 0 <= client < 2**31 or examples < 1 or (rank is not None and rank < 1):
             yield (f"Expected a client from 0 on, at least one example and a rank from 1 on, found {client}, "
                    f"{examples} and {rank}: correct the node's settings.")  # fmt: skip
             return
-        yield from self._own.differences(header.get("standing") or {})
+        if examples > MOST_EXAMPLES:
+            yield f"Expected at most {MOST_EXAMPLES:,} examples, found {examples:,}: give the node a part of its rows."
+        if self._most_rank is not None and rank is not None and rank > self._most_rank:
+            yield f"Expected a rank of at most lora_r={self._most_rank}, found {rank}: give the node a lower --rank."
+        standing = header.get("standing")
+        yield from self._own.differences(standing if isinstance(standing, Mapping) else {})
         known = self.members.get(client)
         if known is None and self._closed:
             yield f"Expected a client of the run that is under way, found client {client}: join the next run."
@@ -214,7 +228,3 @@ class Roster:
     def invite_again(self, node: int) -> None:
         """Ask a node anew who it is: it was started again, unseen."""
         self._seen.discard(node)
-
-    def clients_of(self, nodes: Collection[int]) -> dict[int, int]:
-        """Node -> its client, of those nodes that are members'."""
-        return {member.node: client for client, member in self.members.items() if member.node in nodes}

@@ -123,7 +123,8 @@ def _gather(
     """The clients of the run, once enough of their nodes have joined; `values` are what the settings were made of."""
     own = Standing.of(args, model_args)
     told = {name: value for name, value in values.items() if name not in _SERVER_ONLY}
-    roster = Roster(exchange, Packet({"kind": "join", "recipe": told}), own, federation.join_deadline_s)
+    invitation = Packet({"kind": "join", "recipe": told})
+    roster = Roster(exchange, invitation, own, federation.join_deadline_s, model_args.lora_r)
     if federation.resume and roster.restore(Path(args.output_dir)):
         roster.wait(len(roster.members), federation.min_clients, federation.join_deadline_s)
     else:
