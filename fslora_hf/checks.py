@@ -76,6 +76,18 @@ def _check_options(protocol: str | None, name: str, dataset: Dataset) -> Iterato
         )
 
 
+def check_columns(args: FederatedSketchConfig, dataset: Dataset, formatting_func: Any) -> Iterator[str]:
+    """Problems of rows that SFTTrainer would find no text in."""
+    names = set(dataset.column_names)
+    known = {args.dataset_text_field, "messages", "conversations", "input_ids"} & names
+    skipped = (args.dataset_kwargs or {}).get("skip_prepare_dataset")
+    if not known and not {"prompt", "completion"} <= names and formatting_func is None and not skipped:
+        yield (
+            f"Expected rows with the columns prompt and completion, or messages, or {args.dataset_text_field}, found "
+            f"{', '.join(sorted(names))}: rename them, or set dataset_text_field to the column that holds the text."
+        )
+
+
 def check_round_callbacks(found: int) -> Iterator[str]:
     """Problems of the number of callbacks that run rounds."""
     if found != 1:

@@ -105,7 +105,7 @@ def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> 
 
 def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, output_dir: Path) -> str | None:
     if not resume:
-        _refuse_occupied(output_dir)
+        refuse_occupied(output_dir)
         _begin(trainer, output_dir)
         return None
     fetched = _fetch(trainer, str(resume), output_dir)
@@ -124,7 +124,7 @@ def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, ou
         )
     elsewhere = folder.resolve().parent != output_dir.resolve()
     if elsewhere and fetched is None:
-        _refuse_occupied(output_dir)
+        refuse_occupied(output_dir)
     elif not elsewhere:
         move_aside_later(output_dir, state["round"])
         set_aside_later(output_dir / IN_LOOP, state["round"])
@@ -149,7 +149,7 @@ def _fetch(trainer: "FederatedSketchTrainer", resume: str, output_dir: Path) -> 
     if source is None:
         return None
     # A ledger beside our own folder is what a kill left of an earlier call that took the run up.
-    _refuse_occupied(output_dir, besides_ledger=(output_dir / HUB_RESUME).exists())
+    refuse_occupied(output_dir, besides_ledger=(output_dir / HUB_RESUME).exists())
     return fetch_round(*source, output_dir / HUB_RESUME, args.hub_token)
 
 
@@ -197,8 +197,14 @@ def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
     set_aside_later(output_dir / IN_LOOP, 0)
 
 
-def _refuse_occupied(output_dir: Path, besides_ledger: bool = False) -> None:
-    """Only a resumed run may write where a run has written."""
+def refuse_occupied(
+    output_dir: Path, besides_ledger: bool = False, resuming: str = "resume_from_checkpoint=True"
+) -> None:
+    """Only a resumed run may write where a run has written; `resuming` is how one is resumed.
+
+    Raises:
+        ValueError: there is one.
+    """
     ledger = output_dir / LEDGER_NAME
     found = [LEDGER_NAME] if not besides_ledger and ledger.exists() and ledger.stat().st_size else []
     found += sorted(path.name for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob(IN_LOOP)])
@@ -206,7 +212,7 @@ def _refuse_occupied(output_dir: Path, besides_ledger: bool = False) -> None:
     if found:
         raise ValueError(
             f"Expected an output_dir without a run, found {', '.join(found[:3])} in {output_dir}: resume that run "
-            "with resume_from_checkpoint=True, or choose another output_dir."
+            f"with {resuming}, or choose another output_dir."
         )
 
 

@@ -32,6 +32,7 @@ from .callbacks import RoundCallback, RoundProgressCallback
 from .checkpoint import FEEDBACK_NAME, SERVER_NAME, read_state, rotate, whole_folder
 from .checks import (
     check_clients,
+    check_columns,
     check_fold,
     check_layers,
     check_prepared_rows,
@@ -133,6 +134,7 @@ class FederatedSketchTrainer(SFTTrainer):
         own = sum(isinstance(callback, RoundCallback) for callback in callbacks)
         problems = check_trainer_arguments(args, train_dataset, lora, eval_dataset, unsupported)
         raise_together([*check_round_callbacks(own or 1), *problems])
+        raise_together(check_columns(args, train_dataset, formatting_func))
         raise_together(check_fold(args.method, quantization_config is not None))
         given = ClientIndex.from_column(column_to_numpy(train_dataset, args.client_id_column), args.client_id_column)
         self.client_ranks = run.ranks_of_clients(args, len(given), lora.r)

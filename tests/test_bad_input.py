@@ -124,6 +124,15 @@ COLUMNS = {
 }
 
 
+def test_rows_without_text_are_told_with_the_columns_that_there_are(output_dir):
+    rows = Dataset.from_dict({"question": ["a", "b"], "completion": ["c", "d"], "client_id": [0, 1]})
+    message = "columns prompt and completion, or messages, or text, found client_id, completion, question: rename them"
+    refused(message, output_dir, rows=rows, args={"client_ranks": [1, 2]})
+    make(output_dir, rows=rows.rename_column("question", "text"), args={"client_ranks": [1, 2]})
+    make(output_dir, rows=rows, args={"client_ranks": [1, 2], "dataset_text_field": "question"})
+    make(output_dir, rows=rows, args={"client_ranks": [1, 2]}, formatting_func=lambda row: row["question"])
+
+
 @pytest.mark.parametrize("case", COLUMNS)
 def test_data_sets_and_their_client_column(output_dir, case):
     change, message = COLUMNS[case]

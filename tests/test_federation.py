@@ -168,7 +168,7 @@ def test_a_round_without_a_client_is_the_simulators_that_refuses_it(tmp_path, re
 def test_too_few_updates_end_the_run_with_every_whole_round_kept(tmp_path, recipe, nodes):
     federated.simulate(recipe, tmp_path / "simulated")
     broken = {number: faulty(node, FAULTS["nan"][0], rounds=(2,)) for number, node in nodes.items()}
-    with pytest.raises(FederationError, match="at least min_clients=2 clients in round 2 .* found 0 .client 0: the"):
+    with pytest.raises(FederationError, match="at least min-clients=2 clients in round 2 .* found 0 .client 0: the"):
         federated.federate(recipe, federated.LocalExchange(broken), min_clients=2)
     assert [line["round"] for line in ledger(tmp_path / "run")] == [0, 1]
     clients = json.loads((tmp_path / "run" / "federation.json").read_text())["clients"]
@@ -240,8 +240,10 @@ def test_a_run_that_is_not_resumed_leaves_another_as_it_is(tmp_path, recipe, nod
     exchange = federated.LocalExchange(nodes)
     federated.federate(recipe, exchange)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="Expected an output_dir without a run"):
-        federated.federate(recipe, federated.LocalExchange(dict(list(exchange.nodes_by_number.items())[:3])))
+    others = federated.LocalExchange(dict(list(exchange.nodes_by_number.items())[:3]))
+    with pytest.raises(ValueError, match="found rounds.jsonl.* resume that run with resume=true in --run-config, or"):
+        federated.federate(recipe, others)
+    assert not others.sent
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
@@ -296,13 +298,29 @@ def test_nothing_but_what_is_needed_crosses_the_wire(tmp_path, recipe, nodes):
     "overrides, message",
     [
         ("--num_rounds 0", "num_rounds to be at least 1"),
-        ("--clients_per_round 2", "Expected min_clients of at most clients_per_round=2, found 3"),
+        (
+            "--resume_from_checkpoint true",
+            "resume_from_checkpoint to be unset in a federation, found True: set resume=true",
+        ),
+        ("--clients_per_round 2", "Expected min-clients of at most clients_per_round=2, found 3"),
     ],
 )
 def test_what_a_federation_cannot_do_is_told_before_anything_is_loaded(recipe, overrides, message):
     exchange = federated.LocalExchange({})
     with pytest.raises(SettingsError, match=message):
         federated.federate(recipe, exchange, overrides=overrides, min_clients=3)
+
+
+def test_rows_that_are_not_there_are_told_before_any_node_is_asked(tmp_path, recipe, nodes):
+    """And are not needed where nodes have their own and the server evaluates nothing."""
+    exchange = federated.LocalExchange(nodes)
+    nowhere = f"--dataset {tmp_path / 'nowhere.jsonl'}"
+    with pytest.raises(FileNotFoundError, match="Expected a file or folder of rows, found none at .*nowhere.jsonl"):
+        federated.federate(recipe, exchange, overrides=f"{nowhere} --eval_rounds 1")
+    assert not exchange.sent
+    own = federated.make_nodes(tmp_path, [0, 1], data=str(next(tmp_path.parent.glob("source*/rows/train.jsonl"))))
+    federated.federate(recipe, federated.LocalExchange(own), overrides=nowhere)
+    assert ledger(tmp_path / "run")[-1]["clients"] == [0, 1]
 
 
 @pytest.mark.parametrize(

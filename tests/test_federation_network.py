@@ -1,23 +1,22 @@
 """What crosses the wire of a federation of real processes: how many bytes, and who is let in."""
 
 import contextlib
-import datetime
-import ipaddress
 import json
+import re
 import select
+import shlex
+import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import local  # recipes/federation/local.py
+import psutil
 import pytest
 import torch
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import federated
@@ -115,57 +114,27 @@ def test_a_run_that_cannot_be_says_why_and_that_it_failed(tmp_path):
 # ---- TLS and node authentication ----
 
 
-def make_authority(folder: Path, name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    key = ec.generate_private_key(ec.SECP384R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    certificate = _certificate(subject, subject, key.public_key()).add_extension(
-        x509.BasicConstraints(ca=True, path_length=None), critical=True
-    )
-    signed = certificate.sign(key, hashes.SHA256())
-    (folder / f"{name}.crt").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    return signed, key
+def page_commands(begins: str) -> str:
+    """The block of commands in docs/federation.md that begins so, for a server of the name localhost."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/federation.md").read_text(), flags=re.DOTALL)
+    (found,) = [block for block in blocks if block.startswith(begins)]
+    return found.replace("server.example.org", "localhost").replace("\\\n", " ")
 
 
-def make_server(folder: Path, authority: x509.Certificate, authority_key: ec.EllipticCurvePrivateKey) -> None:
-    key = ec.generate_private_key(ec.SECP384R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    signed = _certificate(subject, authority.subject, key.public_key()).add_extension(names, critical=False)
-    certificate = signed.sign(authority_key, hashes.SHA256())
-    (folder / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.key").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-
-
-def _certificate(subject: x509.Name, issuer: x509.Name, public_key) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(public_key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=2))
-    )
-
-
-def make_node_key(path: Path) -> None:
-    """As `ssh-keygen -t ecdsa -b 384` does."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    form = serialization.PrivateFormat.OpenSSH
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    Path(f"{path}.pub").write_bytes(public)
+def run_in(folder: Path, commands: str) -> None:
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["bash", "-euc", commands], cwd=folder, check=True, capture_output=True)
 
 
 def test_unknown_nodes_and_wrong_certificates_are_turned_away(tmp_path):
-    authority, key = make_authority(tmp_path, "ca")
-    make_authority(tmp_path, "other")
-    make_server(tmp_path, authority, key)
+    """With the commands of docs/federation.md."""
+    for folder in (tmp_path, tmp_path / "other"):
+        run_in(folder, page_commands("openssl"))
+    make_key, register = page_commands("ssh-keygen").splitlines()
     for name in ("known", "unknown", "wrong"):
-        make_node_key(tmp_path / name)
+        run_in(tmp_path, make_key.replace("node-3.key", name))
+    superlink = [str(tmp_path / word) if re.search(r"\.(crt|key|db)$", word) else word
+                 for word in shlex.split(page_commands("flower-superlink"))[1:]]  # fmt: skip
     recipe = federated.write_recipe(
         federated.write_model_and_rows(tmp_path),
         tmp_path,
@@ -177,23 +146,50 @@ def test_unknown_nodes_and_wrong_certificates_are_turned_away(tmp_path):
     with local.machine(tmp_path / "machine") as machine:
         machine.environment["PYTHONPATH"] = str(ROOT)
         machine.trust(tmp_path / "ca.crt")
-        machine.start_superlink(
-            *("--ssl-ca-certfile", str(tmp_path / "ca.crt"), "--ssl-certfile", str(tmp_path / "server.crt")),
-            *("--ssl-keyfile", str(tmp_path / "server.key"), "--enable-supernode-auth"),
-        )
+        machine.start_superlink(*superlink)
         for name in ("known", "wrong"):
-            machine.flwr("supernode", "register", str(tmp_path / f"{name}.pub"), "local")
-        secure = {"known": ("ca", "known"), "unknown": ("ca", "unknown"), "wrong": ("other", "wrong")}
+            machine.flwr(*shlex.split(register.replace("node-3.key", str(tmp_path / name)))[1:], "local")
+        node_options = [word for word in shlex.split(page_commands("python recipes")) if word.startswith("--")]
+        assert node_options == ["--client_id", "--data", "--superlink", "--root_certificates", "--private_key"]
         nodes = {}
-        for client, (authority_name, key_name) in enumerate(secure.values()):
-            options = ("--root_certificates", str(tmp_path / f"{authority_name}.crt"))
-            nodes[client] = machine.start_node(client, *options, "--private_key", str(tmp_path / key_name))
+        for client, (authority, key_name) in enumerate([("", "known"), ("", "unknown"), ("other", "wrong")]):
+            options = ("--root_certificates", str(tmp_path / authority / "ca.crt"))
+            options += ("--private_key", str(tmp_path / key_name))
+            options += ("--patience_s", "0") if key_name == "unknown" else ()
+            nodes[client] = machine.start_node(client, *options)
         output = run_to_its_end(machine, recipe, clients=3, min_clients=1, join_deadline_s=45.0)
         (line,) = ledger(tmp_path / "run")
         assert line["clients"] == [0] and line["refused"] == [], output
         assert json.loads((tmp_path / "run" / "federation.json").read_text())["clients"][0]["client_id"] == 0
         assert nodes[0].poll() is None
         nodes[1].wait(60)
-        assert "Expected the SuperNode to stay, found that it ended" in (machine.folder / "node-1.log").read_text()
+        unknown = (machine.folder / "node-1.log").read_text()
+        assert "Expected the SuperNode to stay, found that it ended" in unknown
+        assert f"flwr supernode register {tmp_path / 'unknown'}.pub" in unknown
         wrong = (machine.folder / "node-2.log").read_text()
         assert "certificate" in wrong.lower() and "is ready with" not in wrong
+        check_comes_back(machine, superlink, nodes[0])
+
+
+def check_comes_back(machine, superlink: Sequence[str], node: subprocess.Popen) -> None:
+    """As after a power cut: a SuperLink that is started with the same database knows the node's key, and takes the
+    dead SuperNode for online, as which it does not let the new one in, until it has missed it for long enough."""
+    (killed,) = [
+        child for child in psutil.Process(node.pid).children() if "flower-supernode" in " ".join(child.cmdline())
+    ]
+    killed.kill()
+    local.signal_group(machine.processes["superlink"], signal.SIGKILL)
+    machine.processes["superlink"].wait()
+    machine.start_superlink(*superlink)
+    end, log = time.monotonic() + 200, machine.folder / "node-0.log"
+    while time.monotonic() < end:
+        time.sleep(2)
+        assert node.poll() is None
+        found = psutil.Process(node.pid).children()
+        if any(time.time() - child.create_time() > 25 for child in found if child.pid != killed.pid):
+            break
+    else:
+        raise AssertionError(log.read_text()[-3000:])
+    assert "is started anew" in log.read_text() and "It is tried again in 15 s." in log.read_text()
+    nodes = json.loads(machine.flwr("supernode", "list", "local", "--format", "json"))["nodes"]
+    assert sorted(one["status"] for one in nodes) == ["online", "registered"]

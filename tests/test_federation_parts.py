@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,47 @@ def test_what_passes_packets_on_loads_no_torch():
     root = str(Path(__file__).resolve().parents[1])
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True)
     assert done.stdout.split() == [b"False"], done.stderr
+
+
+# ---- A node's start ----
+
+
+def start_node(*options):
+    """What recipes/federation/node.py says to options that it cannot work with."""
+    root = Path(__file__).resolve().parents[1]
+    command = [
+        sys.executable,
+        str(root / "recipes/federation/node.py"),
+        "--client_id",
+        "0",
+        "--superlink",
+        "localhost:1",
+    ]
+    here = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([*command, *options], env=here, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_what_a_node_cannot_work_with_is_told_when_it_starts(tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    assert f"Expected --private_key to be a file, found none at {nowhere}" in start_node("--private_key", nowhere)
+    assert "Expected --root_certificates to be a file" in start_node("--root_certificates", nowhere)
+    assert f"Expected a file or folder of rows, found none at {nowhere}" in start_node("--data", nowhere)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"Expected port {port} to be free for this node's SuperNode, found it in use" in start_node(
+            "--port", port
+        )
+
+
+def test_a_node_of_too_large_a_rank_is_told_by_itself(tmp_path, caplog):
+    recipe = federated.write_recipe(federated.write_model_and_rows(tmp_path), tmp_path)
+    exchange = federated.LocalExchange(federated.make_nodes(tmp_path, [3], rank=7))
+    message = "Expected --rank of at most lora_r=6, found 7: start the node with a lower one"
+    with pytest.raises(FederationError, match=f"client 3: The run cannot start:\n- {message}"):
+        federated.federate(recipe, exchange)
+    assert message in caplog.text and "Traceback" not in caplog.text
 
 
 # ---- Flower ----
@@ -244,7 +286,7 @@ def test_too_few_nodes_end_the_wait_with_the_reasons(caplog):
     caplog.set_level("INFO", logger="fslora_hf")
     roster, _ = roster_of({7: joined(0, base="c"), 8: joined(1)})
     with pytest.raises(
-        FederationError, match="at least min_clients=2 clients within 0.1 s, found 1 .node 7 was turned"
+        FederationError, match="at least min-clients=2 clients within 0.1 s, found 1 .node 7 was turned"
     ):
         roster.wait(3, 2, 0.1)
     assert "1 of 3 clients have joined; waiting" in caplog.text

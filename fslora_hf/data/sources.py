@@ -79,6 +79,17 @@ def load_rows(
     return _rendered(rows, source, **chosen) if _is_published(rows) else rows
 
 
+def check_path(source: str) -> None:
+    """Nothing, if rows may be there: a file or a folder, or a name that the Hub could have.
+
+    Raises:
+        FileNotFoundError: it can only be a path, and there is nothing.
+    """
+    path = Path(source)
+    if not path.exists() and (path.is_absolute() or source.startswith(".") or path.suffix in _READERS):
+        raise FileNotFoundError(f"Expected a file or folder of rows, found none at {source}: correct the path.")
+
+
 def _load_splits(source: str) -> dict[str, Dataset]:
     """The splits of a file, a folder or a data set of the Hub."""
     path = Path(source)
@@ -87,8 +98,7 @@ def _load_splits(source: str) -> dict[str, Dataset]:
     if path.is_dir() and any((path / name).is_file() for name in _SAVED):
         splits = load_from_disk(source)
         return splits if isinstance(splits, DatasetDict) else {_split_of(str(splits.split)): splits}
-    if not path.is_dir() and (path.is_absolute() or path.suffix in _READERS):  # no name that the Hub could have
-        raise FileNotFoundError(f"Expected a file or folder of rows, found none at {source}: correct the path.")
+    check_path(source)
     try:
         splits = load_dataset(source)
     except Exception as error:  # each reader, and the Hub's client, raises types of its own

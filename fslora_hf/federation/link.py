@@ -72,7 +72,8 @@ def serve(path: str, answer: Callable[[bytes], bytes], alive: Callable[[], None]
 
 def _send(connection: socket.socket, packet: bytes) -> None:
     connection.sendall(_LENGTH.pack(len(packet)))
-    connection.sendall(packet)
+    if packet:  # of nothing, the other side has all that there is, and may be gone
+        connection.sendall(packet)
 
 
 def _receive(connection: socket.socket) -> bytes:

@@ -14,7 +14,7 @@ from ..adapter import global_pair
 from ..checkpoint import FEEDBACK_NAME
 from ..checks import raise_together
 from ..config import FederatedSketchConfig
-from ..data.sources import load_rows
+from ..data.sources import check_path, load_rows
 from ..folding import FoldedBase
 from ..launch import build_trainer, training_rows
 from ..methods import ClientAdapter
@@ -59,9 +59,15 @@ class NodeSettings:
 
 
 class Node:
-    """Answers packets. The model is loaded at the first invitation and stays; another recipe loads it anew."""
+    """Answers packets. The model is loaded at the first invitation and stays; another recipe loads it anew.
+
+    Raises:
+        FileNotFoundError: there are no rows at the path that `settings` name.
+    """
 
     def __init__(self, settings: NodeSettings):
+        if settings.data is not None:
+            check_path(settings.data)
         self.settings = settings
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: NodeTrainer | None = None
@@ -80,8 +86,11 @@ class Node:
                 logger.warning("The server turned this node away: %s", packet.header.get("reason"))
             return Packet({"kind": "noted"})
         except Exception as error:  # the server is told, and the node goes on
-            logger.exception("A packet of kind %s could not be answered.", packet.kind)
-            return failed(f"{type(error).__name__}: {error}")
+            known = isinstance(error, (ValueError, OSError))  # whose text says what there is to know
+            logger.error("A packet of kind %s could not be answered: %s", packet.kind, error, exc_info=not known)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            # Who joins is not yet known by its client.
+            return failed(f"client {self.settings.client_id}: {reason}" if packet.kind == "join" else reason)
 
     def _join(self, packet: Packet) -> Packet:
         recipe = dict(packet.header["recipe"])
@@ -108,6 +117,9 @@ class Node:
         if own.device is not None:
             local["use_cpu"] = own.device == "cpu"
         recipe, args, model_args = build_settings(types, local)
+        if own.rank is not None and own.rank > model_args.lora_r:
+            raise_together([f"Expected --rank of at most lora_r={model_args.lora_r}, found {own.rank}: start the node "
+                            "with a lower one, or raise lora_r in the recipe."])  # fmt: skip
         # The widest that there can be: the rank of each round comes with it.
         args.client_ranks = [own.rank or model_args.lora_r]
         trainer = build_trainer(recipe, args, model_args, rows=rows, evaluates=False, trainer_class=NodeTrainer)

@@ -152,7 +152,7 @@ class RemoteEngine(RoundEngine):
         if accepted < self.rules.min_clients:
             reasons = "; ".join(f"client {number}: {why}" for number, why in sorted(self._missing.items()))
             raise FederationError(
-                f"Expected the updates of at least min_clients={self.rules.min_clients} clients in round {self.round} "
+                f"Expected the updates of at least min-clients={self.rules.min_clients} clients in round {self.round} "
                 f"within {self.rules.deadline_seconds:g} s, found {accepted} ({reasons}): the rounds before it are "
                 "kept; see to the nodes, or raise the deadline, and resume."
             )

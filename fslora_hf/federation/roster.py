@@ -94,8 +94,8 @@ class Roster:
             time.sleep(min(self._exchange.poll_seconds, max(0.0, end - time.monotonic())))
         if present < least:
             raise FederationError(
-                f"Expected at least min_clients={least} clients within {seconds:g} s, found {present}"
-                f"{self._reasons()}: start more nodes, or lower min_clients."
+                f"Expected at least min-clients={least} clients within {seconds:g} s, found {present}"
+                f"{self._reasons()}: start more nodes, or lower min-clients."
             )
 
     def _reasons(self) -> str:
@@ -206,7 +206,7 @@ class Roster:
         lacking = [member.client_id for member, rank in zip(self.ordered(), ranks, strict=True) if rank is None]
         if lacking:
             raise FederationError(f"Expected a rank of every client, found none of client {lacking[0]}, which the "
-                                  "recipe does not have: give its node a rank.")  # fmt: skip
+                                  "recipe's client_ranks do not have: start its node with a --rank.")  # fmt: skip
         return ranks
 
     def owners(self) -> np.ndarray:

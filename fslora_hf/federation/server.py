@@ -12,9 +12,10 @@ import numpy as np
 from datasets import Dataset
 
 from ..config import FederatedSketchConfig
+from ..data.sources import check_path
 from ..launch import build_trainer, finish
 from ..recipe import ModelArguments, RecipeArguments, build_settings, read_file, read_flags
-from ..run import ranks_of_clients
+from ..run import ranks_of_clients, refuse_occupied
 from ..settings import SettingsError, field_problems, is_a, sentence
 from .exchange import Exchange
 from .packet import Packet
@@ -79,8 +80,11 @@ def read_recipe(federation: FederationArguments) -> dict[str, Any]:
 
 def check_recipe(args: FederatedSketchConfig, min_clients: int) -> Iterator[str]:
     """What a federation cannot do that the simulator can, a sentence each."""
+    if args.resume_from_checkpoint is not None:
+        yield ("Expected resume_from_checkpoint to be unset in a federation, found "
+               f"{args.resume_from_checkpoint!r}: set resume=true in --run-config.")  # fmt: skip
     if args.clients_per_round is not None and min_clients > args.clients_per_round:
-        yield (f"Expected min_clients of at most clients_per_round={args.clients_per_round}, found {min_clients}: "
+        yield (f"Expected min-clients of at most clients_per_round={args.clients_per_round}, found {min_clients}: "
                "lower it, or raise clients_per_round.")  # fmt: skip
 
 
@@ -92,10 +96,15 @@ def run_federation(federation: FederationArguments, exchange: Exchange) -> str:
         FederationError: too few nodes joined or answered; the rounds before are kept.
     """
     values = read_recipe(federation)
-    settings = _, args, _ = build_settings(RECIPE_TYPES, values)
+    settings = recipe, args, _ = build_settings(RECIPE_TYPES, values)
     problems = list(check_recipe(args, federation.min_clients))
     if problems:
         raise SettingsError(problems)
+    if not federation.resume:
+        refuse_occupied(Path(args.output_dir), resuming="resume=true in --run-config")
+    evaluates = bool(args.eval_rounds or args.eval_on_start)
+    if evaluates:
+        check_path(recipe.dataset)
     roster = _gather(federation, exchange, values, *settings)
     _fit_to(roster, *settings)
     rules = RoundRules(federation.round_deadline_s, federation.min_clients, federation.max_update_norm)
@@ -103,6 +112,7 @@ def run_federation(federation: FederationArguments, exchange: Exchange) -> str:
         *settings,
         trainer_class=partial(FederationTrainer, exchange, roster, rules),
         rows=placeholder_rows(roster, args.client_id_column),
+        evaluates=evaluates,
     )
     # The process's own command line is Flower's, and holds a token.
     command = f"flwr run recipes/federation/app --run-config 'recipe=\"{Path(federation.recipe).name}\"'"

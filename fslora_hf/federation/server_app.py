@@ -11,6 +11,7 @@ from flwr.app import Context, Message, MessageType  # isort: skip
 from flwr.serverapp import Grid, ServerApp  # isort: skip
 
 from .packet import Packet, PacketError
+from .roster import FederationError
 from .server import FederationArguments, run_federation
 
 logger = logging.getLogger(__name__)
@@ -65,4 +66,7 @@ def read_run_config(run_config: Mapping[str, Any]) -> FederationArguments:
 def main(grid: Grid, context: Context) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fslora_hf").setLevel(logging.INFO)
-    print(run_federation(read_run_config(context.run_config), FlowerExchange(grid)), flush=True)
+    try:
+        print(run_federation(read_run_config(context.run_config), FlowerExchange(grid)), flush=True)
+    except (ValueError, OSError, FederationError) as error:  # whose text says it all, without the way it came
+        raise error.with_traceback(None) from None

@@ -77,7 +77,10 @@ class FederationTrainer(FederatedSketchTrainer):
 
     def log(self, logs, start_time=None):
         # Local steps are taken elsewhere: of their loss the round's own log tells.
-        super().log({name: value for name, value in logs.items() if name not in ("loss", "grad_norm")}, start_time)
+        super().log(
+            {name: value for name, value in logs.items() if name not in ("loss", "grad_norm", "train_loss")},
+            start_time,
+        )
 
 
 def last_folded(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:

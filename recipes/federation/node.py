@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,8 @@ from pathlib import Path
 from fslora_hf.federation.flower import SOCKET  # checks Flower's version, before anything slow
 from fslora_hf.federation.link import serve
 
-SETTLED_SECONDS = 20.0  # a SuperNode that ends sooner was given something wrong
+SETTLED_SECONDS = 20.0  # a SuperNode that ends sooner was not let in
+PAUSE_SECONDS = 15.0  # before it is tried again
 
 
 def parse() -> argparse.Namespace:
@@ -37,16 +39,34 @@ def parse() -> argparse.Namespace:
     add("--folder", help="for what outlasts this process: with `error_feedback`, what updates left out; none: it is "
         "forgotten when the node ends")  # fmt: skip
     add("--superlink", required=True, help="the SuperLink's address, host:port")
-    add("--port", type=int, default=9094, help="of the SuperNode's own service on this machine, another for each node")
+    add("--port", type=int, default=9094, help="of the SuperNode's own service on this machine, another for each node "
+        "(default: 9094)")  # fmt: skip
     add("--root_certificates", help="the certificate of who signed the SuperLink's; none: the system's")
     add("--private_key", help="this node's key, whose public half the SuperLink knows")
     add("--insecure", action="store_true", help="without TLS: on a machine or a network that nobody else is on")
+    add("--patience_s", type=float, default=180.0, help="seconds to go on asking a SuperLink that does not let this "
+        "node in: one that has just died counts as online for more than a minute (default: 180)")  # fmt: skip
     return parser.parse_args()
 
 
+def check(options: argparse.Namespace) -> None:
+    """Leave with a sentence where files or the port that are named cannot be used."""
+    for name in ("root_certificates", "private_key"):
+        path = getattr(options, name)
+        if path is not None and not Path(path).is_file():
+            sys.exit(f"Expected --{name} to be a file, found none at {path}: correct the path.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", options.port))
+        except OSError:
+            sys.exit(f"Expected port {options.port} to be free for this node's SuperNode, found it in use: give each "
+                     "node of a machine a --port of its own.")  # fmt: skip
+
+
 class SuperNode:
-    """Flower's SuperNode beside this process. One that ends after it has worked, as when the SuperLink was started
-    anew, is started anew, too; the model stays where it is."""
+    """Flower's SuperNode beside this process. One that ends, as when the SuperLink was started anew, is started anew,
+    too, and tried again for a while if it is not let in at once; the model stays where it is."""
 
     def __init__(self, options: argparse.Namespace, path: str):
         self._command = ["flower-supernode", "--superlink", options.superlink, "--port", str(options.port)]
@@ -57,23 +77,50 @@ class SuperNode:
             self._command += ["--root-certificates", options.root_certificates]
         if options.private_key:
             self._command += ["--auth-supernode-private-key", options.private_key]
+        self._key, self._patience = options.private_key, options.patience_s
+        self._refused_since: float | None = None
+        secured = "without TLS" if options.insecure else "over TLS"
+        where = f"the SuperLink at {options.superlink} {secured}"
+        print(f"Connecting to {where}; it is tried until it answers.", flush=True)
         self._start()
 
     def _start(self) -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        self._started = time.monotonic()
+        self._started, self._again = time.monotonic(), None
         self._process = subprocess.Popen(self._command, env={**os.environ, "PATH": path}, preexec_fn=_end_with_parent)
 
     def check(self) -> None:
-        """Start it anew if it has ended; leave this process if it did so at once."""
-        code = self._process.poll()
-        if code is None:
+        """Start it anew if it has ended; leave this process if it is not let in for too long."""
+        now = time.monotonic()
+        settled = now - self._started >= SETTLED_SECONDS
+        if self._again is not None:
+            if now >= self._again:
+                self._start()
+        elif self._process.poll() is not None:
+            self._take_up(now, settled)
+        elif settled:
+            self._refused_since = None
+
+    def _take_up(self, now: float, settled: bool) -> None:
+        """Start one that has ended anew, at once or after a pause."""
+        code = self._process.returncode
+        if settled:
+            logging.warning("The SuperNode has ended with exit code %d and is started anew.", code)
+            self._start()
             return
-        if time.monotonic() - self._started < SETTLED_SECONDS:
+        self._refused_since = self._refused_since or self._started
+        if now - self._refused_since + PAUSE_SECONDS > self._patience:
             sys.exit(f"Expected the SuperNode to stay, found that it ended with exit code {code}: its message stands "
-                     "above.")  # fmt: skip
-        logging.warning("The SuperNode has ended with exit code %d and is started anew.", code)
-        self._start()
+                     f"above. {self._advice()}")  # fmt: skip
+        logging.warning("The SuperNode has ended with exit code %d; its message stands above. %s It is tried again in "
+                        "%.0f s.", code, self._advice(), PAUSE_SECONDS)  # fmt: skip
+        self._again = now + PAUSE_SECONDS
+
+    def _advice(self) -> str:
+        if self._key is None:
+            return "If it was refused (2001), the SuperLink knows nodes by their keys: name this one's --private_key."
+        return ("If it was refused (2004), the SuperLink does not know this key (flwr supernode register "
+                f"{self._key}.pub), or counts a node that has died as online for a minute or two.")  # fmt: skip
 
     def stop(self) -> None:
         self._process.terminate()
@@ -88,6 +135,7 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     options = parse()
+    check(options)
     device, _, number = (options.device or "").partition(":")
     if number:
         os.environ["CUDA_VISIBLE_DEVICES"] = number  # before torch is loaded: the only one that it then knows
@@ -97,18 +145,20 @@ def main() -> None:
     from fslora_hf.federation.packet import Packet
 
     with tempfile.TemporaryDirectory(prefix="fslora-node-") as folder:
-        node = Node(
-            NodeSettings(
-                client_id=options.client_id,
-                folder=str(Path(folder) / "trainer"),
-                data=options.data,
-                model=options.model,
-                rank=options.rank,
-                dtype=options.dtype,
-                device=device or None,
-                memory=options.folder,
-            )
+        settings = NodeSettings(
+            client_id=options.client_id,
+            folder=str(Path(folder) / "trainer"),
+            data=options.data,
+            model=options.model,
+            rank=options.rank,
+            dtype=options.dtype,
+            device=device or None,
+            memory=options.folder,
         )
+        try:
+            node = Node(settings)
+        except FileNotFoundError as error:
+            sys.exit(str(error))
         path = str(Path(folder) / "link" / "socket")
         supernode = SuperNode(options, path)
         try:
