@@ -1,5 +1,6 @@
 """Federated Sketching LoRA as a Hugging Face Trainer extension."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ _HOMES = {
     "RoundCallback": ".callbacks",
 }
 __all__ = ["FederatedSketchConfig", "FederatedSketchTrainer", "RoundCallback"]
+
+
+# On some CPUs bitsandbytes asks for a package with a kernel for inference when it is imported; quantized.py has it use
+# none, so that scores are those of any other machine.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
 def __getattr__(name: str):

@@ -31,6 +31,7 @@ from .evaluation.results import (
 from .evaluation.runner import EvaluationProtocol, make_protocol, score_rows
 from .folding import folded_base
 from .processes import agree, world
+from .quantized import keep_as_stored
 from .recipe import ModelArguments
 from .subjects import EvaluationArguments, FoundAdapter, check_base_name, check_base_shapes, find_adapters
 
@@ -86,6 +87,7 @@ def load_base(model_args: ModelArguments, device: torch.device) -> tuple[PreTrai
     )
     if quantization is None:
         model.to(device)
+    keep_as_stored(model)
     return model.eval(), AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
 
 

@@ -58,6 +58,7 @@ from .methods import beside, method_class
 from .methods.contract import check_received
 from .plan import ClientPlan, RoundPlan, plan_round
 from .processes import agree, gather, rank
+from .quantized import check_as_stored, keep_as_stored
 from .round_scores import RoundScorer
 from .rows import column_to_numpy, fit_rows
 from .schedule import round_schedule
@@ -166,7 +167,8 @@ class FederatedSketchTrainer(SFTTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
-        raise_together(check_layers(self.model, self.aux_loss_enabled, args.method))
+        raise_together([*check_layers(self.model, self.aux_loss_enabled, args.method), *check_as_stored(self.model)])
+        keep_as_stored(self.model)
         prepared_ids = column_to_numpy(self.train_dataset, args.client_id_column)
         raise_together(check_prepared_rows(args, self.train_dataset, given.ids, prepared_ids))
         widen_adapter(self.model)

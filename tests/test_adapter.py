@@ -202,9 +202,10 @@ def test_evaluation_unload_and_detach_compute_with_the_global_adapter(stacked):
     twin = make_model(rslora=model.peft_config["default"].use_rslora)
     with torch.no_grad():
         expected, with_clients = twin(input_ids=ids).logits, model(input_ids=ids).logits
+        fewer = twin(input_ids=ids[:3]).logits  # which some CPUs sum in another order
         assert not torch.equal(with_clients, expected)
         model.eval()
-        assert torch.equal(model(input_ids=ids[:3]).logits, expected[:3])  # any number of tokens
+        assert torch.equal(model(input_ids=ids[:3]).logits, fewer)  # any number of tokens
         model.train()
         assert torch.equal(model(input_ids=ids).logits, with_clients)
         stack.unload()

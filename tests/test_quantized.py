@@ -13,6 +13,7 @@ from fslora_hf.data import load_miniature
 from fslora_hf.evaluation import score_rows
 from fslora_hf.evaluation.results import describe_model
 from fslora_hf.methods import ClientAdapter
+from fslora_hf.quantized import keep_as_stored
 from fslora_hf.recipe import ModelArguments
 from fslora_hf.scoring import load_base
 from fslora_hf.trainer import FederatedSketchTrainer
@@ -50,7 +51,9 @@ def saved_base(tmp_path_factory):
 
 
 def quantized(saved_base, kind):
-    return AutoModelForCausalLM.from_pretrained(saved_base, quantization_config=BitsAndBytesConfig(**KINDS[kind]))
+    base = AutoModelForCausalLM.from_pretrained(saved_base, quantization_config=BitsAndBytesConfig(**KINDS[kind]))
+    keep_as_stored(base)
+    return base
 
 
 def test_flora_needs_weights_that_it_can_change(saved_base, tmp_path):
@@ -138,6 +141,48 @@ def test_a_run_leaves_an_adapter_for_the_unquantized_base(saved_base, tmp_path, 
     ids = torch.tensor([[3, 9, 5, 4]])
     with torch.no_grad():
         assert not torch.equal(loaded(input_ids=ids).logits, loaded.unload()(input_ids=ids).logits)
+
+
+@pytest.fixture
+def repacking_cpu(monkeypatch):
+    """bitsandbytes as it is on a CPU with AVX512-BF16, where it repacks 4-bit weights to evaluate with them."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+
+
+def test_an_evaluation_leaves_a_4_bit_base_as_it_is_on_any_cpu(saved_base, tmp_path, repacking_cpu):
+    """Else no gradient would pass through it afterwards, and its weights would be rounded."""
+    federation = {"num_rounds": 2, "local_steps": 1, "client_ranks": [1, 2, 3, 4, 6], "eval_on_start": True}
+    trainer = FederatedSketchTrainer(
+        model=str(saved_base),
+        args=FederatedSketchConfig(output_dir=str(tmp_path), **{**QUIET, **SMALL, **federation, "eval_rounds": 1}),
+        train_dataset=tiny.tokenised(),
+        eval_dataset=tiny.tokenised().remove_columns("client_id"),
+        processing_class=tiny.tokenizer(),
+        peft_config=tiny.lora_config(),
+        quantization_config=BitsAndBytesConfig(**KINDS["nf4"]),
+    )
+    stored = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora" not in name}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert "lora" in name or torch.equal(parameter, stored[name])
+    layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    assert layer.training or not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    assert layer.weight.quant_state.dtype == torch.float32
+
+
+def test_a_4_bit_base_that_was_repacked_is_refused(saved_base, tmp_path):
+    base = quantized(saved_base, "nf4")
+    base.model.layers[1].mlp.down_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(
+        ValueError, match="found .*layers.1.mlp.down_proj.* repacked for inference on this CPU: load the"
+    ):
+        FederatedSketchTrainer(
+            model=base,
+            args=FederatedSketchConfig(output_dir=str(tmp_path), **{**QUIET, **SMALL, "num_rounds": 1}),
+            train_dataset=tiny.tokenised(),
+            processing_class=tiny.tokenizer(),
+            peft_config=tiny.lora_config(),
+        )
 
 
 def test_checkpointing_and_blocks_change_no_run_on_a_4_bit_base(saved_base, tmp_path):

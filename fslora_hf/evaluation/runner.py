@@ -13,6 +13,7 @@ from transformers.utils.logging import tqdm
 
 from ..draws import permutation_prefix
 from ..processes import agree, gather, rank, world
+from ..quantized import keep_as_stored
 from .generation import Generate
 from .journal import Journal
 from .loglikelihood import Loglikelihood
@@ -81,6 +82,7 @@ def score_rows(
     """
     if batch_size < 1:
         raise ValueError(f"Expected a batch size of at least 1, found {batch_size}: ask for one question or more.")
+    keep_as_stored(model)
     protocol = make_protocol(protocol) if isinstance(protocol, str) else protocol
     if questions is None:
         questions = protocol.prepare(tokenizer, dataset, max_length or longest_row(model))
