@@ -248,8 +248,8 @@ class FederatedSketchTrainer(SFTTrainer):
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             ended = True
             return output
-        except Exception:
-            self._interrupted()
+        except Exception as error:
+            self._interrupted(error)
             raise
         finally:
             self._close_run()
@@ -384,8 +384,8 @@ class FederatedSketchTrainer(SFTTrainer):
         """Clients that this process holds at once."""
         return min(self.layout.block_size, self.cohort_size)
 
-    def _interrupted(self) -> None:
-        """Called when an error ends `train()`, the global adapter as it was after the last whole round."""
+    def _interrupted(self, error: Exception) -> None:
+        """Called when an error ends `train()`."""
 
     def _close_run(self) -> None:
         if self._engine is not None:

@@ -1,14 +1,18 @@
 """A federation gives the simulator's adapter; what its server and its nodes tell each other, and what they keep."""
 
 import gc
+import importlib
 import json
 import math
 
 import numpy as np
 import pytest
+import torch
 
 from fslora_hf.federation.packet import Packet
 from fslora_hf.federation.roster import FederationError
+from fslora_hf.folding import FoldedBase
+from fslora_hf.server import ServerState
 from fslora_hf.settings import SettingsError
 from fslora_hf.updates import RefusedUpdate
 from tests import federated, reference
@@ -140,7 +144,7 @@ def test_what_is_not_sound_is_left_out_told_and_asked_for_again(tmp_path, recipe
                for half in pair for value in (half.min().item(), half.max().item()))  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", ["much", None, True, [1.0], "nan", 1e999])
+@pytest.mark.parametrize("loss", ["much", None, True, [1.0], "nan", 1e999, 10**400])
 def test_a_loss_that_is_no_number_is_none_in_the_ledger(tmp_path, recipe, nodes, loss):
     nodes[102] = faulty(nodes[102], lambda packet: Packet({**packet.header, "loss": loss}, packet.tensors))
     federated.federate(recipe, federated.LocalExchange(nodes))
@@ -268,13 +272,142 @@ def test_a_node_that_was_started_anew_rejoins(tmp_path, recipe, nodes):
     assert "started anew" in rounds[1]["refused"][0]["reason"]
 
 
+def slow_to_join(exchange, nodes=None):
+    """Invitations are answered when they have been asked for three times, as of a node that loads its model."""
+    receive, looks = exchange.receive, {}
+
+    def late(tickets):
+        for ticket in tickets:
+            looks[ticket] = looks.get(ticket, 0) + 1
+        joins = {ticket for ticket in tickets if exchange.sent[ticket][1].kind == "join"}
+        return receive([ticket for ticket in tickets if ticket not in joins or looks[ticket] > 2])
+
+    exchange.receive = late
+    return exchange
+
+
+@pytest.mark.parametrize("method", [{"method": "flora"}, {"method": "ffa_lora", **FULL}], ids=["flora", "ffa_lora"])
+def test_a_node_that_was_started_anew_unseen_trains_only_what_it_has_whole(tmp_path, source, method):
+    """It answers that it has yet to join, and is not asked again until it has."""
+    settings = {"clients_per_round": None, "num_rounds": 8, "server_optim": "sgd", "save_rounds": 1} | method
+    recipe = federated.write_recipe(source, tmp_path, **settings)
+    exchange = slow_to_join(federated.LocalExchange(federated.make_nodes(tmp_path)))
+    fresh, kept = federated.make_nodes(tmp_path, clients=[1]), exchange.nodes_by_number[103]
+
+    def restart_another(packet):
+        if packet.kind == "train" and packet.header["round"] == 2:
+            exchange.nodes_by_number[101] = fresh[101]
+        return kept(packet)
+
+    exchange.nodes_by_number[103] = restart_another
+    federated.federate(recipe, exchange, join_deadline_s=20.0)
+    reasons = [line["refused"][0]["reason"] if line["refused"] else None for line in ledger(tmp_path / "run")]
+    assert reasons[:3] == [None] * 3 and "has yet to join this one" in reasons[3] and reasons[-1] is None
+    assert set(reasons[4:-1]) <= {None, "its node is not connected"}
+    if method["method"] == "flora":
+        both = fresh[101], exchange.nodes_by_number[100]
+        found, expected = (FoldedBase.of(node.__self__._trainer.model).weights for node in both)
+        assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
+def test_nodes_that_join_another_run_between_rounds_join_this_one_again(tmp_path, recipe, nodes):
+    """Their parts are of one recipe, which they are not trained with another of."""
+    exchange, told = federated.LocalExchange(nodes), []
+    kept = nodes[103]
+
+    def invites(packet):
+        answer = kept(packet)
+        if packet.kind == "train" and packet.header["round"] == 0 and not told:
+            (invitation, *_) = [sent for _, sent in exchange.sent if sent.kind == "join"]
+            other = {"recipe": {**invitation.header["recipe"], "learning_rate": 1.0}, "session": "other"}
+            told.extend(node(Packet({"kind": "join", **other})) for number, node in nodes.items() if number != 103)
+        return answer
+
+    exchange.nodes_by_number[103] = invites
+    federated.federate(recipe, exchange)
+    assert [answer.kind for answer in told] == ["joined"] * 3
+    first, second, third = ledger(tmp_path / "run")
+    assert [one["client_id"] for one in second["refused"]] == [0, 1, 2] and not first["refused"] + third["refused"]
+    assert max(third["update_norms"]) < 3 * max(first["update_norms"])
+
+
+@pytest.mark.parametrize("where", ["fslora_hf.server.ServerState.step", "fslora_hf.callbacks.append_round"])
+def test_a_round_that_is_not_whole_is_not_saved(tmp_path, recipe, nodes, monkeypatch, where):
+    """An error within the server's step, or before the round is in the ledger: the run goes on from a whole round."""
+    federated.simulate(recipe, tmp_path / "simulated")
+    module, name = where.rsplit(".", 1)
+    owner = ServerState if name == "step" else importlib.import_module(module)
+    sound, calls = getattr(owner, name), []
+
+    def breaks(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("of the test")
+        return sound(*args)
+
+    monkeypatch.setattr(owner, name, breaks)
+    with pytest.raises(RuntimeError, match="of the test"):
+        federated.federate(recipe, federated.LocalExchange(nodes), overrides="--save_rounds 1")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    monkeypatch.undo()
+    federated.federate(recipe, federated.LocalExchange(nodes), overrides="--save_rounds 1", resume=True)
+    adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
+    assert reference.max_difference(*adapters) < 1e-9
+    check_same_ledger(tmp_path / "run", tmp_path / "simulated")
+
+
+def test_an_asked_node_may_leave_while_a_round_waits_for_more(tmp_path, recipe, nodes):
+    """Client 0 is asked, goes, and comes back as another node; the round has its update."""
+    exchange, seen = federated.LocalExchange(nodes), []
+
+    def connected():
+        rounds = [packet.header["round"] for _, packet in exchange.sent if packet.kind == "train"]
+        if rounds.count(1) == 0 and len(ledger_lines(tmp_path / "run")) == 1:
+            return {100}  # when round 1 begins
+        if rounds.count(1) and not seen:
+            seen.append(exchange.nodes_by_number.pop(100))
+            exchange._answers.clear()  # gone without one
+            exchange.nodes_by_number[200] = seen[0]
+        return set(exchange.nodes_by_number)
+
+    exchange.nodes = connected
+    federated.federate(recipe, exchange, min_clients=3, round_deadline_s=20.0)
+    assert [len(line["refused"]) for line in ledger(tmp_path / "run")][1] <= 1
+    assert [node for node, p in exchange.sent if p.kind == "train" and p.header["round"] == 1].count(200) == 1
+
+
+@pytest.mark.parametrize("method", ["fslora", "flora"])
+def test_numbers_whose_products_overflow_are_refused(tmp_path, source, nodes, method):
+    recipe = federated.write_recipe(source, tmp_path, clients_per_round=None, server_optim="sgd", method=method)
+    huge = {name: (lambda x: x * 0 + 1e100) for name in ("A", "B")}
+    nodes[102] = faulty(nodes[102], lambda packet: Packet(packet.header, {
+        name: huge[name[0]](tensor) for name, tensor in packet.tensors.items()}))  # fmt: skip
+    federated.federate(recipe, federated.LocalExchange(nodes))
+    refused = [{one["client_id"]: one["reason"] for one in line["refused"]} for line in ledger(tmp_path / "run")]
+    assert list(refused[1]) == [2] and "is beyond the bound of 1e+06" in refused[1][2] and refused[2] == {}
+
+
+def test_what_a_node_sends_beyond_its_update_counts_for_nothing(tmp_path, recipe, nodes):
+    surplus = {"A.other": np.zeros(3_000_000 // 8)}
+    nodes[102] = faulty(nodes[102], lambda packet: Packet(packet.header, {**packet.tensors, **surplus}))
+    federated.federate(recipe, federated.LocalExchange(nodes), overrides="--upload_budget 1")
+    lines = ledger(tmp_path / "run")
+    assert len(lines) == 3 and lines[1]["bytes_up"] == lines[0]["bytes_up"]
+
+
+def test_a_reason_of_any_length_is_cut(tmp_path, recipe, nodes):
+    nodes[102] = faulty(nodes[102], lambda packet: Packet({"kind": "failed", "reason": "x" * 1_000_000}))
+    federated.federate(recipe, federated.LocalExchange(nodes))
+    assert len(ledger(tmp_path / "run")[1]["refused"][0]["reason"]) == 1000
+
+
 def test_nothing_but_what_is_needed_crosses_the_wire(tmp_path, recipe, nodes):
     """No rows, no tokens, no other client's update, and of the global pair no more than the client's part."""
     exchange = federated.LocalExchange(nodes)
     federated.federate(recipe, exchange)
     ranks = federated.SETTINGS["client_ranks"]
-    headers = {"train": {"protocol", "kind", "round", "client_id", "rank", "scale", "notice"},
-               "join": {"protocol", "kind", "recipe"},
+    headers = {"train": {"protocol", "kind", "session", "round", "client_id", "rank", "scale", "notice"},
+               "join": {"protocol", "kind", "session", "recipe"},
                "update": {"protocol", "kind", "round", "client_id", "loss"},
                "joined": {"protocol", "kind", "client_id", "rank", "examples", "standing"}}  # fmt: skip
     for node, packet in [*exchange.sent, *exchange.came]:

@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.numpy import save
 
 from fslora_hf.federation import flower, link
 from fslora_hf.federation.exchange import answers
+from fslora_hf.federation.node import Node, NodeSettings, code_in
 from fslora_hf.federation.packet import Packet, PacketError
 from fslora_hf.federation.roster import FederationError, Roster
-from fslora_hf.federation.server_app import read_run_config
+from fslora_hf.federation.server_app import FlowerExchange, read_run_config
 from fslora_hf.federation.standing import Standing, digest_base, digest_tokenizer
 from tests import federated, tiny
 
@@ -163,7 +165,7 @@ def test_settings_are_read_as_flower_gives_them():
                             "max-update-norm": 0.0, "round-deadline-s": 5.0, "resume": False})  # fmt: skip
     assert (read.recipe, read.overrides, read.clients, read.min_clients) == ("r.yaml", "", None, 2)
     assert (read.max_update_norm, read.round_deadline_s, read.join_deadline_s, read.resume) == (
-        None,
+        1e6,
         5.0,
         600.0,
         False,
@@ -299,6 +301,73 @@ def test_a_wait_ends_as_soon_as_all_are_there_and_at_the_deadline_with_enough():
     assert time.monotonic() - start < 5
     roster.wait(3, 1, 0.1)
     assert sorted(roster.present()) == [0, 1] and len([p for _, p in exchange.sent if p.kind == "join"]) == 2
+
+
+def test_who_could_not_join_is_invited_again_after_a_while(monkeypatch):
+    """It may have been late, or be mended, without having left."""
+    monkeypatch.setattr("fslora_hf.federation.roster.INVITE_AGAIN_SECONDS", 0.1)
+    roster, exchange = roster_of({7: joined(0, base="c"), 8: "no answer in time", 9: joined(2)})
+    roster.refresh()
+    roster.refresh()
+    assert list(roster.members) == [2] and sorted(roster.turned_away) == [7, 8]
+    exchange.nodes_by_number[7] = exchange.nodes_by_number[8] = lambda packet: joined(1)
+    exchange.nodes_by_number[7] = lambda packet: joined(0)
+    time.sleep(0.15)
+    roster.refresh()
+    assert sorted(roster.members) == [0, 1, 2] and not roster.turned_away
+    assert [node for node, packet in exchange.sent if packet.kind == "join"] == [7, 8, 9, 7, 8]
+
+
+def test_a_message_that_flower_does_not_take_is_answered_with_why(monkeypatch):
+    """As where the node has just left (None) or where the message is too large (nothing)."""
+
+    class Grid:
+        def __init__(self):
+            self.given, self.pulled = [[None], [], ["1"]], []
+
+        def push_messages(self, messages):
+            return self.given.pop(0)
+
+        def pull_messages(self, tickets):
+            self.pulled.append(tickets)
+            return []
+
+    monkeypatch.setattr("fslora_hf.federation.server_app.Message", lambda *args, **kwargs: None)  # needs a run
+    exchange = FlowerExchange(Grid())
+    tickets = [exchange.send(5, Packet({"kind": "ping"}), 1.0) for _ in range(3)]
+    assert tickets[2] == "1" and len(set(tickets)) == 3
+    found = exchange.receive(tickets)
+    assert found.keys() == set(tickets[:2]) and "could not be reached" in found[tickets[0]]
+    assert exchange.receive(tickets[2:]) == {} and exchange._grid.pulled == [["1"], ["1"]]
+
+
+def test_a_node_answers_what_is_no_packet_of_its_protocol(tmp_path, monkeypatch):
+    node = Node(NodeSettings(client_id=0, folder=str(tmp_path)))
+    answer = Packet.from_bytes(node.answer_bytes(b"x"))
+    assert answer.kind == "failed" and "Expected a packet" in answer.header["reason"]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{"method": "evil:X"}, {"trust_remote_code": True}, {"model_init_kwargs": {"trust_remote_code": True}}],
+    ids=str,
+)
+def test_a_recipe_that_brings_code_is_refused_by_a_node(tmp_path, recipe):
+    node = Node(NodeSettings(client_id=0, folder=str(tmp_path)))
+    answer = node.answer(Packet({"kind": "join", "session": "s", "recipe": recipe}))
+    assert answer.kind == "failed" and "without code of its own, found" in answer.header["reason"]
+    assert "start the node with --trust_code" in answer.header["reason"]
+    assert not list(code_in({"method": "fslora", "model_init_kwargs": {"attn_implementation": "sdpa"}}))
+
+
+def test_a_recipe_does_not_have_a_node_push_or_write_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("fslora_hf.trainer.find_target", lambda args: pytest.fail("It pushes."))
+    source = federated.write_model_and_rows(tmp_path)
+    values = yaml.safe_load(federated.write_recipe(source, tmp_path).read_text())
+    values |= {"push_to_hub": True, "hub_model_id": "thief/x", "save_rounds": 1, "push_rounds": 1}
+    node = Node(NodeSettings(client_id=0, folder=str(tmp_path / "node")))
+    assert node.answer(Packet({"kind": "join", "session": "s", "recipe": values})).kind == "joined"
+    assert node._trainer.args.output_dir == str(tmp_path / "node") and not (tmp_path / "run").exists()
 
 
 def test_two_nodes_cannot_be_one_client():

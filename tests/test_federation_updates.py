@@ -365,7 +365,7 @@ def test_a_node_whose_base_was_half_changed_loads_it_anew(tmp_path, source, larg
     federated.federate(recipe, federated.LocalExchange(nodes))
     refused = [{one["client_id"]: one["reason"] for one in line["refused"]} for line in ledger(tmp_path / "run")]
     assert refused[0] == {} == refused[3] and refused[1] == {1: "RuntimeError: out of memory"}
-    assert refused[2] == {1: "the node was started anew, and has yet to join"}
+    assert refused[2] == {1: "the node was started anew or has joined another run, and has yet to join this one"}
     before = load_file(tmp_path / "run" / "checkpoint-3" / "folded_base.safetensors")
     own = FoldedBase.of(nodes[101].__self__._trainer.model).weights
     assert max((own[name] - before[f"{name}.weight"]).abs().max().item() for name in own) < 1e-9

@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from ..server import ServerState
 from .folds import bring_up
 from .node_feedback import feedback_of
 from .node_trainer import NodeTrainer
-from .packet import Packet, failed
+from .packet import Packet, PacketError, failed
 from .sparse import pack
-from .standing import Standing
+from .standing import SERVER_ONLY, Standing
 from .tensors import to_numpy, to_tensor
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class NodeSettings:
         dtype: precision of its base model, in place of the recipe's.
         device: `cpu` or `cuda`; None: the recipe's.
         folder: for what is of use while the node runs.
+        trusts_code: whether recipes may bring code: models with code of their own, methods in files of theirs.
         memory: a folder for what is to outlast it: what was left out of updates, with `error_feedback`. None: in
             `folder`.
     """
@@ -56,6 +57,7 @@ class NodeSettings:
     dtype: str | None = None
     device: str | None = None
     memory: str | None = None
+    trusts_code: bool = False
 
 
 class Node:
@@ -72,8 +74,16 @@ class Node:
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: NodeTrainer | None = None
         self._standing: Standing | None = None
+        self._session: str | None = None  # of the server whose recipe it is
         self._frozen: dict[str, np.ndarray] = {}
         self._base_rounds: int | None = 0  # rounds that were folded into the base; None: one was interrupted
+
+    def answer_bytes(self, blob: bytes) -> bytes:
+        """The answer to a packet as it comes over the wire."""
+        try:
+            return self.answer(Packet.from_bytes(blob)).to_bytes()
+        except PacketError as error:
+            return failed(str(error)).to_bytes()
 
     def answer(self, packet: Packet) -> Packet:
         """The answer to a packet; what goes wrong is an answer, too."""
@@ -100,6 +110,7 @@ class Node:
             gc.collect()  # a trainer is a cycle, and its memory is needed for the next
             self._trainer, self._standing = self._build(recipe)
             self._recipe, self._base_rounds = recipe, 0
+        self._session = packet.header.get("session")
         rows = len(self._trainer.train_dataset)
         logger.info("Client %d is ready with %d examples.", self.settings.client_id, rows)
         return Packet({"kind": "joined", "client_id": self.settings.client_id, "rank": self.settings.rank,
@@ -107,6 +118,8 @@ class Node:
 
     def _build(self, values: dict[str, Any]) -> tuple[NodeTrainer, Standing]:
         own = self.settings
+        values = {name: value for name, value in values.items() if name not in SERVER_ONLY}
+        raise_together(() if own.trusts_code else code_in(values))
         types = (RecipeArguments, FederatedSketchConfig, ModelArguments)
         rows = self._rows(*build_settings(types, values)[:2])
         local = {name: value for name, value in values.items() if name != "min_examples"}
@@ -140,8 +153,9 @@ class Node:
 
     def _train(self, packet: Packet) -> Packet:
         header = packet.header
-        if self._trainer is None or self._base_rounds is None:
-            reason = "the node was started anew, and has yet to join"
+        behind = self._base_rounds is None or self._base_rounds < header.get("base_from", 0)
+        if self._trainer is None or behind or header.get("session") != self._session:
+            reason = "the node was started anew or has joined another run, and has yet to join this one"
             return Packet({"kind": "failed", "reason": reason, "uninvited": True})
         if header.get("notice"):
             logger.warning("The last update was left out because %s.", header["notice"])
@@ -194,3 +208,13 @@ class Node:
         """What the method has this client begin with, drawn here, beside the global adapter."""
         (client,) = self._trainer.round_plan(int(packet.header["round"])).clients
         return self._trainer.method.receive(ServerState(*global_pair(self._trainer.model)), client, client.sketch)
+
+
+def code_in(values: Mapping[str, Any]) -> Iterator[str]:
+    """What in a recipe would run code that came over the wire, or that it names, a sentence each."""
+    remedy = "start the node with --trust_code if you trust whoever starts runs, or remove it"
+    nested = values.get("model_init_kwargs")
+    if values.get("trust_remote_code") or (nested and "trust_remote_code" in str(nested)):
+        yield f"Expected a recipe without code of its own, found trust_remote_code: {remedy}."
+    if ":" in str(values.get("method", "")):
+        yield f"Expected a recipe without code of its own, found method={values['method']}: {remedy}."

@@ -66,8 +66,8 @@ class _OneRound(RoundCallback):
 class NodeTrainer(FederatedSketchTrainer):
     """A FederatedSketchTrainer with the rows of one client, which runs single rounds of a federation's.
 
-    Its examples, dropout and learning rate in round t are the simulator's for this client. The model stays loaded from
-    round to round.
+    Its examples and learning rate in round t are the simulator's for this client; dropout draws by round and client,
+    where the simulator does by round and process. The model stays loaded from round to round.
 
     Args: as FederatedSketchTrainer's; `args.client_ranks` holds the client's rank.
     """

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+LONGEST_REASON = 1000  # characters that are kept of what a node says is wrong
 PROTOCOL = 1  # of the headers; a server and its nodes must agree on it
 
 

@@ -1,6 +1,7 @@
 """Updates as they come over the wire, held against what a client was asked for."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from ..methods import ClientAdapter
 from ..plan import ClientPlan
 from ..updates import RefusedUpdate
-from .packet import Packet
+from .packet import LONGEST_REASON, Packet
 from .sparse import unpack
 from .tensors import to_tensor
 
@@ -47,10 +48,11 @@ class Reader:
             RefusedUpdate: it is not; says why.
         """
         if isinstance(answer, str):
-            raise RefusedUpdate(answer)
+            raise RefusedUpdate(answer[:LONGEST_REASON])
         header = answer.header
         if answer.kind != "update":
-            raise RefusedUpdate(str(header.get("reason", f"it answered with a packet of kind {answer.kind}")))
+            reason = str(header.get("reason", f"it answered with a packet of kind {answer.kind}"))
+            raise RefusedUpdate(reason[:LONGEST_REASON])
         found = header.get("round"), header.get("client_id")
         if found != (round, client.client_id):
             raise RefusedUpdate(f"the update is of round {found[0]}, client {found[1]}")
@@ -59,7 +61,7 @@ class Reader:
         if self.share is not None:
             dtype = _numpy_type(next(iter(wanted.values())))
             tensors = unpack(tensors, {name: tuple(like.shape) for name, like in wanted.items()}, dtype, self.share)
-            norm = _number(header, "norm")
+            norm = abs(_number(header, "norm"))
         sides: dict[str, dict[str, torch.Tensor]] = {"A": {}, "B": {}}
         for name, like in wanted.items():
             side, module = name.split(".", 1)
@@ -72,7 +74,9 @@ class Reader:
 
 def _number(header: Mapping[str, Any], name: str) -> float:
     value = header.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < sys.float_info.max:
+        return math.nan
+    return float(value)
 
 
 def _numpy_type(tensor: torch.Tensor) -> np.dtype:

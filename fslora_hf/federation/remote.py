@@ -115,16 +115,18 @@ class RemoteEngine(RoundEngine):
             self._missing.pop(number, None)
 
     def _question(self, client: ClientPlan, held: ClientAdapter, node: int) -> Packet:
-        header = {"kind": "train", "round": self.round, "client_id": client.client_id, "rank": client.rank,
-                  "scale": held.scale, "notice": self._notices.pop(client.client_id, None)}  # fmt: skip
+        header = {"kind": "train", "session": self.roster.session, "round": self.round,
+                  "client_id": client.client_id, "rank": client.rank, "scale": held.scale,
+                  "notice": self._notices.pop(client.client_id, None)}  # fmt: skip
         if self._checkpoints is not None:
             header |= {"run": self.roster.run, "folded": self.folded.get(client.client_id),
                        "checkpoints": sorted(self._checkpoints())}  # fmt: skip
         new = self.roster.is_new(node)
         if self._folds is not None:  # the node draws its part from the seed, and its own base has all that was learned
             dtype = str(next(iter(self.server.base.weights.values())).dtype).removeprefix("torch.")
-            header |= {"base_rounds": self.round, "base_dtype": dtype}
-            return Packet(header, self._folds.since(0 if new else self._bases[node], self.round))
+            have = 0 if new else self._bases[node]
+            header |= {"base_from": have, "base_rounds": self.round, "base_dtype": dtype}
+            return Packet(header, self._folds.since(have, self.round))
         if self.method.beside_global:  # the node draws its part from the seed, and computes beside the global adapter
             pair = {"A": self.server.A, "B": self.server.B}
         else:
@@ -187,7 +189,7 @@ class RemoteEngine(RoundEngine):
             number = self._client_of[node]
             self._misses.pop(number, None)
             if isinstance(answer, Packet) and answer.kind == "update":
-                self._moved[number][1] = answer.tensor_bytes
+                self._moved[number][1] = min(answer.tensor_bytes, self._most_bytes(number))
             try:
                 updates[number] = self._reader.read(answer, self.round, plans[number], self._held[number])
                 self.roster.is_known(node)
@@ -202,6 +204,11 @@ class RemoteEngine(RoundEngine):
             if number not in updates and number not in self._missing:
                 self._miss(number)
         return updates
+
+    def _most_bytes(self, number: int) -> int:
+        """Of an update of this client; what it may send beyond is not its client's to count."""
+        held = self._held[number]
+        return sum(t.nbytes for side in self.method.trains for t in getattr(held, side).values())
 
     def _miss(self, number: int) -> None:
         self._misses[number] = self._misses.get(number, 0) + 1

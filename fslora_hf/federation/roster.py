@@ -6,18 +6,19 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from .exchange import Exchange, answers
-from .packet import Packet
+from .packet import LONGEST_REASON, Packet
 from .standing import Standing
 
 logger = logging.getLogger(__name__)
 
 MOST_EXAMPLES = 10_000_000  # of a client; the server holds a placeholder for each
+INVITE_AGAIN_SECONDS = 60.0  # after a node could not join: it may be mended, or was only late
 ROSTER_NAME = "federation.json"  # in a run's folder
 CLAIM_SECONDS = 30.0  # for a node whose client another claims to say that it is still there
 
@@ -62,9 +63,13 @@ class Roster:
         join_seconds: float,
         most_rank: int | None = None,
     ):
-        self._exchange, self._invitation, self._own = exchange, invitation, own
+        # Tells a node which server's parts it is to train, whatever else has invited it since.
+        self.session = secrets.token_hex(8)
+        self._invitation = Packet({**invitation.header, "session": self.session})
+        self._exchange, self._own = exchange, own
         self._join_seconds, self._most_rank = join_seconds, most_rank
         self._asked: dict[Hashable, int] = {}
+        self._again: dict[int, float] = {}  # node -> when it is invited again
         self._seen: set[int] = set()
         self.members: dict[int, Member] = {}
         self.run = secrets.token_hex(8)  # tells nodes this run from others
@@ -116,17 +121,22 @@ class Roster:
         for client, member in self.present().items():
             if member.node not in connected:
                 logger.warning("Client %d is gone: node %d is no longer connected.", client, member.node)
-                self.members[client] = Member(client, member.examples, member.rank, None)
-        self._seen &= connected
+                self.members[client] = replace(member, node=None)
+        self._again = {node: at for node, at in self._again.items() if node in connected}
+        self._seen &= connected - {node for node, at in self._again.items() if at <= time.monotonic()}
+        self._new &= connected
+        self.turned_away = {node: reason for node, reason in self.turned_away.items() if node in connected}
         self._asked = {ticket: node for ticket, node in self._asked.items() if node in connected}
         for node in sorted(connected - self._seen):
             self._asked[self._exchange.send(node, self._invitation, self._join_seconds)] = node
             self._seen.add(node)
+            self._again.pop(node, None)
         for ticket, answer in self._exchange.receive(list(self._asked)).items():
             self._take_in(self._asked.pop(ticket), answer)
 
     def _take_in(self, node: int, answer: Packet | str) -> None:
         reasons = [answer] if isinstance(answer, str) else list(self._objections(node, answer))
+        reasons = [reason[:LONGEST_REASON] for reason in reasons]
         if not reasons:
             header = answer.header
             self.members[header["client_id"]] = Member(header["client_id"], header["examples"], header["rank"], node)
@@ -135,6 +145,7 @@ class Roster:
             logger.info("Client %d has joined: node %d, %d examples.", header["client_id"], node, header["examples"])
             return
         self.turned_away[node] = " ".join(reasons)
+        self._again[node] = time.monotonic() + INVITE_AGAIN_SECONDS
         logger.warning("Node %d was turned away: %s", node, self.turned_away[node])
         if isinstance(answer, Packet) and answer.kind == "joined":
             notice = Packet({"kind": "turned_away", "reason": self.turned_away[node]})
@@ -147,7 +158,10 @@ class Roster:
             yield str(header.get("reason", f"it answered with a packet of kind {answer.kind}"))
             return
         client, examples, rank = (header.get(name) for name in ("client_id", "examples", "rank"))
-        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (client, examples, rank or 1))
+        whole = all(
+            isinstance(value, int) and not isinstance(value, bool)
+            for value in (client, examples, 1 if rank is None else rank)
+        )
         if not whole or not 0 <= client < 2**31 or examples < 1 or (rank is not None and rank < 1):
             yield (f"Expected a client from 0 on, at least one example and a rank from 1 on, found {client}, "
                    f"{examples} and {rank}: correct the node's settings.")  # fmt: skip
@@ -226,5 +240,8 @@ class Roster:
         self._new.discard(node)
 
     def invite_again(self, node: int) -> None:
-        """Ask a node anew who it is: it was started again, unseen."""
+        """Ask a node anew who it is: it was started again, unseen. Until it has answered it is nobody's."""
         self._seen.discard(node)
+        for client, member in self.present().items():
+            if member.node == node:
+                self.members[client] = replace(member, node=None)

@@ -21,18 +21,11 @@ from .exchange import Exchange
 from .packet import Packet
 from .remote import RoundRules
 from .roster import Roster
-from .standing import Standing
+from .standing import SERVER_ONLY, Standing
 from .trainer import FederationTrainer
 
 logger = logging.getLogger(__name__)
 
-# Settings of a recipe that are the server's business, and of which no node is told.
-_SERVER_ONLY = (
-    "clients_per_round client_ranks rank_distribution min_rank max_rank save_rounds save_total_limit eval_rounds "
-    "eval_on_start push_to_hub push_rounds push_resume_state hub_model_id hub_revision hub_token hub_private_repo "
-    "hub_deadline upload_budget logging_steps logging_first_step report_to resume_from_checkpoint disable_tqdm "
-    "per_device_train_clients output_dir eval_rows_per_task"
-).split()
 RECIPE_TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
 
 
@@ -53,8 +46,8 @@ class FederationArguments:
     min_clients: int = field(default=1, metadata={"help": "Clients to begin with, and updates of a round, at least."})
     join_deadline_s: float = field(default=600.0, metadata={"help": "Seconds that nodes have to join."})
     round_deadline_s: float = field(default=3600.0, metadata={"help": "Seconds that a round's clients have."})
-    max_update_norm: float | None = field(
-        default=None, metadata={"help": "Refuse updates of a larger Frobenius norm. None: no bound."}
+    max_update_norm: float = field(
+        default=1e6, metadata={"help": "Refuse updates of a larger Frobenius norm, whose products could overflow."}
     )
 
     def __post_init__(self):
@@ -132,7 +125,7 @@ def _gather(
 ) -> Roster:
     """The clients of the run, once enough of their nodes have joined; `values` are what the settings were made of."""
     own = Standing.of(args, model_args)
-    told = {name: value for name, value in values.items() if name not in _SERVER_ONLY}
+    told = {name: value for name, value in values.items() if name not in SERVER_ONLY}
     invitation = Packet({"kind": "join", "recipe": told})
     roster = Roster(exchange, invitation, own, federation.join_deadline_s, model_args.lora_r)
     if federation.resume and roster.restore(Path(args.output_dir)):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import fields
+from itertools import count
 from typing import Any
 
 from .flower import unwrap, wrap  # first: it checks Flower's version
@@ -26,6 +27,8 @@ class FlowerExchange:
 
     def __init__(self, grid: Grid):
         self._grid = grid
+        self._unsent: dict[Hashable, str] = {}
+        self._number = count()
 
     def nodes(self) -> set[int]:
         return set(self._grid.get_node_ids())
@@ -34,14 +37,19 @@ class FlowerExchange:
         kind = MessageType.TRAIN if packet.kind == "train" else MessageType.QUERY
         group = str(packet.header.get("round", packet.kind))
         message = Message(wrap(packet.to_bytes()), node, kind, ttl=seconds, group_id=group)
-        (ticket,) = self._grid.push_messages([message])
+        tickets = list(self._grid.push_messages([message]))
+        if tickets and tickets[0] is not None:
+            return tickets[0]
+        ticket = f"unsent {next(self._number)}"  # Flower did not take it
+        self._unsent[ticket] = "the node could not be reached: it has left, or the message is too large for Flower"
         return ticket
 
     def receive(self, tickets: Collection[Hashable]) -> dict[Hashable, Packet | str]:
-        if not tickets:
-            return {}
-        come: dict[Hashable, Packet | str] = {}
-        for reply in self._grid.pull_messages(list(tickets)):
+        come: dict[Hashable, Packet | str] = {
+            ticket: self._unsent.pop(ticket) for ticket in tickets if ticket in self._unsent
+        }
+        waiting = [ticket for ticket in tickets if ticket not in come]
+        for reply in self._grid.pull_messages(waiting) if waiting else ():
             come[reply.metadata.reply_to_message_id] = _read(reply)
         return come
 

@@ -14,7 +14,7 @@ from ..ledger import read_records
 from ..trainer import FederatedSketchTrainer
 from .exchange import Exchange
 from .remote import RemoteEngine, RoundRules
-from .roster import Roster
+from .roster import FederationError, Roster
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +61,16 @@ class FederationTrainer(FederatedSketchTrainer):
     def _slots(self) -> int:
         return 1
 
-    def _interrupted(self) -> None:
-        # The last whole round may not have been saved yet.
-        if self._engine is not None and self.rounds_done:
+    def _interrupted(self, error: Exception) -> None:
+        # Too few updates came: the server is as it was after the last whole round, which may not have been saved yet.
+        # Any other error may have come within the server's step, or before the round was in the ledger.
+        if isinstance(error, FederationError) and self._engine is not None and self.rounds_done:
             self._engine.abandon()
             self.control.should_training_stop = True
             self.state.global_step = self.rounds_done + 1  # as within the next one
             try:
                 self._save_checkpoint(self.model, None)
-            except Exception:  # what ended the run is what its user must be told
+            except OSError:  # what ended the run is what its user must be told
                 logger.exception("The last whole round could not be saved; the checkpoints before it are whole.")
 
     def _clip_grad_norm(self, model):

@@ -38,6 +38,8 @@ def parse() -> argparse.Namespace:
     add("--device", help="cpu, or a GPU such as cuda:1, in place of the recipe's")
     add("--folder", help="for what outlasts this process: with `error_feedback`, what updates left out; none: it is "
         "forgotten when the node ends")  # fmt: skip
+    add("--trust_code", action="store_true", help="train recipes that bring code: models with code of their own, "
+        "methods in files of theirs")  # fmt: skip
     add("--superlink", required=True, help="the SuperLink's address, host:port")
     add("--port", type=int, default=9094, help="of the SuperNode's own service on this machine, another for each node "
         "(default: 9094)")  # fmt: skip
@@ -142,7 +144,6 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format=f"client {options.client_id}: %(message)s")
     logging.getLogger("fslora_hf").setLevel(logging.INFO)
     from fslora_hf.federation.node import Node, NodeSettings
-    from fslora_hf.federation.packet import Packet
 
     with tempfile.TemporaryDirectory(prefix="fslora-node-") as folder:
         settings = NodeSettings(
@@ -154,6 +155,7 @@ def main() -> None:
             dtype=options.dtype,
             device=device or None,
             memory=options.folder,
+            trusts_code=options.trust_code,
         )
         try:
             node = Node(settings)
@@ -162,7 +164,7 @@ def main() -> None:
         path = str(Path(folder) / "link" / "socket")
         supernode = SuperNode(options, path)
         try:
-            serve(path, lambda blob: node.answer(Packet.from_bytes(blob)).to_bytes(), alive=supernode.check)
+            serve(path, node.answer_bytes, alive=supernode.check)
         except KeyboardInterrupt:
             pass
         finally:
