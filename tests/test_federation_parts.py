@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torch
 import yaml
 from safetensors.numpy import save
 
-from fslora_hf.federation import flower, link
+from fslora_hf.federation import flower, link, server_app
 from fslora_hf.federation.exchange import answers
 from fslora_hf.federation.node import Node, NodeSettings, code_in
 from fslora_hf.federation.packet import Packet, PacketError
@@ -339,6 +341,21 @@ def test_a_message_that_flower_does_not_take_is_answered_with_why(monkeypatch):
     found = exchange.receive(tickets)
     assert found.keys() == set(tickets[:2]) and "could not be reached" in found[tickets[0]]
     assert exchange.receive(tickets[2:]) == {} and exchange._grid.pulled == [["1"], ["1"]]
+
+
+@pytest.mark.parametrize(
+    "reason, message",
+    [
+        (
+            "Error: Message Unavailable - The requested message could not be found.",
+            "time was over; if .* raise join-deadline-s",
+        ),
+        ("boom", "the node answered with an error: boom"),
+    ],
+)
+def test_errors_of_flower_are_told_in_words_that_help(reason, message):
+    reply = SimpleNamespace(has_error=lambda: True, error=SimpleNamespace(reason=reason))
+    assert re.search(message, server_app._read(reply))
 
 
 def test_a_node_answers_what_is_no_packet_of_its_protocol(tmp_path, monkeypatch):

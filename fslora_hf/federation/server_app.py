@@ -55,6 +55,8 @@ class FlowerExchange:
 
 
 def _read(reply: Message) -> Packet | str:
+    if reply.has_error() and "Message Unavailable" in reply.error.reason:  # Flower's word for a message that expired
+        return "the node had not answered when its time was over; if its model loads for longer, raise join-deadline-s"
     if reply.has_error():
         return f"the node answered with an error: {reply.error.reason}"
     try:
