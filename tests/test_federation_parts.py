@@ -121,7 +121,9 @@ def start_node(*options):
         "localhost:1",
     ]
     here = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([*command, *options], env=here, capture_output=True, text=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    done = subprocess.run([*command, "--port", port, *options], env=here, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     return done.stderr
 
