@@ -18,17 +18,9 @@ from fslora_hf.launch import build_trainer, finish, held_out_rows
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.report import read_ledger, totals
 from fslora_hf.settings import SettingsError
+from fslora_hf.storage.folders import unused_folder
 
 RECIPE = Path(__file__).parent / "smollm2_135m" / "quickstart.yaml"
-
-
-def unused_folder(folder: str) -> str:
-    """The folder, or with a number behind it if a run is in it already: no run is lost to the next."""
-    candidate, number = Path(folder), 1
-    while candidate.exists() and any(candidate.iterdir()):
-        number += 1
-        candidate = Path(f"{folder}-{number}")
-    return str(candidate)
 
 
 def evaluate(trainer, rows, when: str) -> tuple[Losses, Scores]:

@@ -146,8 +146,32 @@ def test_an_old_python_is_refused_before_anything_is_installed(old_python):
     assert "Expected Python 3.11 or newer, found no 'no-such-python'" in refused.stderr
 
 
-def test_ci_runs_the_commands_of_the_readme():
-    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if re.match(r"\s*make\b", line)]
-    always = ["make test", "make test-federation", "make quickstart"]
-    assert commands == [*always, '    make ci-real-run DATA="$FSLORA_COMMONSENSE_DIR"']
+def make_commands(text: str) -> list[str]:
+    return [line.split("#")[0].strip() for line in text.splitlines() if re.match(r"\s*make\b", line)]
+
+
+def test_ci_runs_the_commands_of_the_readme_in_its_order():
+    """In one clone: what one command leaves behind must not trip the next."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = make_commands("\n".join(re.findall(r"```sh\n(.*?)```", readme, flags=re.DOTALL)))
+    assert shown == ["make quickstart", "make test", "make federation", "make test-federation"]
+    commands = make_commands((ROOT / ".ci" / "run").read_text())
+    assert commands == [*shown, 'make ci-real-run DATA="$FSLORA_COMMONSENSE_DIR"']
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize("left", ["outputs", "wandb", "numpy", "result_files"])
+def test_lint_is_not_led_astray_by_a_folder_that_a_run_left(left, tmp_path):
+    """A folder at the top is no module, even where a file imports one of its name."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "ruff.toml", tmp_path)
+    (tmp_path / left).mkdir()
+    ruff = Path(sys.executable).with_name("ruff")
+    checked = subprocess.run([ruff, "check", "--no-cache", "."], cwd=tmp_path, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_no_script_imports_a_module_that_bears_the_name_of_a_folder_of_results():
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    modules = {path.stem for path in (ROOT / "recipes").rglob("*.py")}
+    assert not modules & ignored

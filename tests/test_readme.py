@@ -149,17 +149,6 @@ def test_compare_command_runs(tmp_path):
     assert {path.suffix for path in out.iterdir()} >= {".md", ".html", ".json", ".png", ".svg"}
 
 
-def test_make_targets_exist():
-    """They themselves are run by .ci/run; `make federation` is by tests/test_federation_smollm2.py."""
-    makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE)
-    assert targets == ["quickstart", "test", "federation"]
-    ci, test = ((ROOT / path).read_text() for path in (".ci/run", "tests/test_federation_smollm2.py"))
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
-        assert f"make {target}\n" in ci or f'["make", "{target}"' in test
-
-
 def test_keys_of_the_table_exist():
     table = TEXT[TEXT.index("| key |") : TEXT.index("`--help` lists")]
     rows = [row for row in table.splitlines()[2:] if row.startswith("|")]

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from fslora_hf.federation.flower import check_flower
+from fslora_hf.storage.folders import unused_folder
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent  # where Flower's commands are
@@ -33,6 +37,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     options, options.overrides = parser.parse_known_args()
     return options
+
+
+def where(options: argparse.Namespace) -> list[str]:
+    """Where a run goes that is new and for which no folder was named: where its recipe says, unless a run is there."""
+    if options.resume or any(text.partition("=")[0] == "--output_dir" for text in options.overrides):
+        return []
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
+        named = yaml.safe_load(Path(options.recipe).read_text(encoding="utf-8"))["output_dir"]
+        if isinstance(named, str):
+            return ["--output_dir", unused_folder(named)]
+    return []  # what is wrong with a recipe, the run tells
 
 
 class Machine:
@@ -153,11 +168,15 @@ def machine(folder: Path | None = None) -> Iterator[Machine]:
 def main() -> None:
     check_flower()
     options = parse()
-    with machine() as here:
+    options.overrides += (place := where(options))
+    if place:
+        print(f"The run's folder: {place[1]}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="fslora-federation-"))
+    with machine(folder) as here:
         here.start_superlink()
         for client, rank in enumerate(options.ranks):
             here.start_node(client, "--rank", str(rank))
-        print(f"A SuperLink and {len(options.ranks)} nodes are starting; logs in {here.folder}.", flush=True)
+        print(f"A SuperLink and {len(options.ranks)} nodes are starting; logs in {folder}.", flush=True)
         count = len(options.ranks)
         run = here.run(options.recipe, options.overrides, clients=count, min_clients=count, resume=options.resume)
         try:
@@ -168,7 +187,9 @@ def main() -> None:
             outcome = "interrupted"
         print("Stopping the nodes and the SuperLink.", flush=True)
     if outcome != "finished:completed":
-        sys.exit(f"Expected the run to be completed, found {outcome}: its message stands above.")
+        sys.exit(f"Expected the run to be completed, found {outcome}: its message stands above, and logs are kept in "
+                 f"{folder}.")  # fmt: skip
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

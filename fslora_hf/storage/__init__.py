@@ -1,0 +1,1 @@
+"""Files and folders that runs leave. Knows neither torch nor transformers."""
