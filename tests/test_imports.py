@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fslora_hf"
 ROWS = [
+    {"common"},
     {"draws", "settings", "ledger", "processes", "host_memory", "quantized", "storage"},
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation", "feedback"},

@@ -1,0 +1,49 @@
+"""Text that comes from others: nodes, servers, repositories, files of results.
+
+A name, a reason or an error's text that somebody else chose may hold line feeds that forge lines of a log, escapes
+that drive a terminal, marks that turn the direction of reading, or a hundred million characters. Whatever of it stands
+in a log, a ledger, a notice, a page or an error passes through here first.
+"""
+
+import heapq
+import os
+import re
+import reprlib
+from collections.abc import Collection, Set
+from typing import Any
+
+LONGEST = 200  # characters of one text
+LONGEST_MESSAGE = 1000  # characters of a message that quotes several
+MOST_NAMED = 5  # of many names in a sentence
+
+_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\^_]?")
+_brief = reprlib.Repr()
+_brief.maxlist = _brief.maxtuple = _brief.maxdict = _brief.maxset = 4
+_brief.maxstring, _brief.maxother, _brief.maxlevel = LONGEST, LONGEST, 3
+
+
+def foreign_text(text: Any, longest: int = LONGEST) -> str:
+    """One line of printable characters, at most `longest` of them, the last an ellipsis where it was cut.
+
+    Args:
+        text: a text, an error or a path, by what they say; any other value as Python writes it, in brief. It takes no
+            longer for a text of any length.
+    """
+    text = str(text) if isinstance(text, str | BaseException | os.PathLike) else _brief.repr(text)
+    head = _ESCAPE.sub("", text[: 4 * longest])
+    line = " ".join("".join(c if c.isprintable() else " " for c in head).split())
+    if len(line) <= longest and len(text) <= 4 * longest:
+        return line
+    return line[: longest - 1].rstrip() + "…"
+
+
+def foreign_value(value: Any, longest: int = LONGEST) -> str:
+    """A value as Python writes it, texts in quotes, in brief and on one line."""
+    return foreign_text(_brief.repr(value), longest)
+
+
+def foreign_names(names: Collection[Any], most: int = MOST_NAMED, longest: int = 60) -> str:
+    """The first few of some names, and how many more there are; of a set, the least ones."""
+    first = heapq.nsmallest(most, names, key=str) if isinstance(names, Set) else list(names)[:most]
+    told = ", ".join(foreign_text(name, longest) for name in first)
+    return told if len(names) <= most else f"{told} and {len(names) - most:,} more"
