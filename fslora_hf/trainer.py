@@ -43,7 +43,7 @@ from .checks import (
 )
 from .clients import ClientIndex
 from .compression import TopK
-from .config import AUTO, FederatedSketchConfig
+from .config import FederatedSketchConfig
 from .draws import seed_from
 from .engine import RoundEngine
 from .feedback import ErrorFeedback
@@ -59,6 +59,7 @@ from .methods.contract import check_received
 from .plan import ClientPlan, RoundPlan, plan_round
 from .processes import agree, gather, rank
 from .quantized import check_as_stored, keep_as_stored
+from .refusals import AUTO
 from .round_scores import RoundScorer
 from .rows import column_to_numpy, fit_rows
 from .schedule import round_schedule

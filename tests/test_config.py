@@ -11,10 +11,11 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from fslora_hf import config as config_module
+from fslora_hf import refusals
 from fslora_hf.clients import RANK_LAWS
-from fslora_hf.config import LOCAL_OPTIMIZERS, METHODS, RANK_DISTRIBUTIONS, SERVER_OPTIMIZERS, FederatedSketchConfig
+from fslora_hf.config import METHODS, RANK_DISTRIBUTIONS, SERVER_OPTIMIZERS, FederatedSketchConfig
 from fslora_hf.methods import METHODS as METHOD_CLASSES
+from fslora_hf.refusals import LOCAL_OPTIMIZERS
 from fslora_hf.server import ServerState
 from fslora_hf.settings import SettingsError
 
@@ -339,7 +340,7 @@ def test_a_setting_that_cannot_work_is_refused(settings, text):
 
 
 def test_every_refused_setting_has_a_case_above():
-    assert config_module._REFUSED.keys() <= {name for settings, _ in REFUSALS for name in settings}
+    assert refusals.REFUSED.keys() <= {name for settings, _ in REFUSALS for name in settings}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ ROWS = [
     {"draws", "settings", "ledger", "processes", "host_memory", "quantized", "storage"},
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation", "feedback"},
+    {"refusals"},
     {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining"},
     {"loader", "engine", "block_size", "checks", "recipe", "hub", "folding"},
     {"run", "callbacks", "round_scores", "subjects"},
