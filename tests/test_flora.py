@@ -24,7 +24,9 @@ from fslora_hf.methods import METHODS, ClientAdapter, ClientUpdate, beside
 from fslora_hf.server import ServerState
 from tests import reference, tiny
 from tests.test_laws_training import RANKS, logits, trained
-from tests.worker_train import build, launch, ledger
+from tests.worker_train import build, ledger
+
+pytest_plugins = ("tests.forked",)
 
 EXACT = 1e-9
 SGD = {"optim": "sgd", "learning_rate": 0.2, "max_grad_norm": 0.0, "gradient_accumulation_steps": 2}
@@ -94,11 +96,10 @@ def test_law_2_blocks_fold_the_same(one_client_a_step, tmp_path, block):
 
 
 @pytest.mark.slow
-def test_law_2_two_processes_fold_the_same(one_client_a_step, tmp_path):
+def test_law_2_two_processes_fold_the_same(one_client_a_step, fork_ranks, tmp_path):
     args = {**LAYOUT, "method": "flora", "per_device_train_clients": 2}
     job = {"output_dir": str(tmp_path / "run"), "args": args, "dtype": "float64", "result": str(tmp_path / "end")}
-    finished = launch(job, tmp_path)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert fork_ranks(job) == [0, 0]
     (path,) = (tmp_path / "run").glob(f"checkpoint-*/{FOLDED_NAME}")
     saved = {name.removesuffix(".weight"): weight for name, weight in load_file(path).items()}
     assert largest_gap(saved, one_client_a_step) < EXACT

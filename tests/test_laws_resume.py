@@ -11,7 +11,7 @@ from itertools import zip_longest
 import pytest
 
 from tests import reference
-from tests.worker_train import check_same_ledger, launch, ledger, load_result
+from tests.worker_train import check_same_ledger, ledger, load_result
 
 pytest_plugins = ("tests.forked",)
 
@@ -236,23 +236,22 @@ def test_law_3_killed_after_the_last_checkpoint(uninterrupted, fork, tmp_path):
 
 
 @pytest.mark.slow
-def test_law_3_on_two_processes(tmp_path):
+def test_law_3_on_two_processes(fork_ranks, tmp_path):
     """Both processes are gone when one is killed; two take the run up and end bit for bit where two would have."""
     args = {**ARGS, "clients_per_round": 3}  # in the last turn of a round one process idles
     steps = 2 * LOCAL_STEPS
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir(), stopped.mkdir()
-    assert launch(job(whole, args=args), tmp_path).returncode == 0
+    assert fork_ranks(job(whole, args=args)) == [0, 0]
     kill = {"event": "on_substep_end", "step": 2 * steps + 1}
-    killed = launch(job(stopped, args=args, kill=kill), tmp_path)
-    assert killed.returncode != 0 and len(ledger(stopped / "run")) == 2, killed.stderr[-3000:]
-    resumed = launch(job(stopped, args=args, resume=True), tmp_path)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert -signal.SIGKILL in fork_ranks(job(stopped, args=args, kill=kill))
+    assert len(ledger(stopped / "run")) == 2
+    assert fork_ranks(job(stopped, args=args, resume=True)) == [0, 0]
     check_same_end(stopped, whole, 1, steps)
 
 
 @pytest.mark.slow
-def test_law_3_resumed_in_other_layouts(fork, tmp_path):
+def test_law_3_resumed_in_other_layouts(fork, fork_ranks, tmp_path):
     """One process, killed; two processes with blocks of 2, killed; one process with blocks of 3 to the end."""
     rounds = {"clients_per_round": None, "num_rounds": 4, "save_total_limit": None}
     args = {**ARGS, **rounds}
@@ -267,8 +266,8 @@ def test_law_3_resumed_in_other_layouts(fork, tmp_path):
     blocks = {**args, "per_device_train_clients": 2}
     two = 2 * LOCAL_STEPS  # 3 blocks on 2 processes: 2 turns
     in_the_fourth = {"event": "on_substep_end", "step": two + 1}
-    finished = launch(job(moved, args=blocks, **exact, resume=True, kill=in_the_fourth), tmp_path)
-    assert finished.returncode != 0 and len(ledger(moved / "run")) == 3, finished.stderr[-3000:]
+    assert -signal.SIGKILL in fork_ranks(job(moved, args=blocks, **exact, resume=True, kill=in_the_fourth))
+    assert len(ledger(moved / "run")) == 3
     final = job(moved, args={**args, "per_device_train_clients": 3}, **exact, resume=True)
     assert fork(final) == [0]
     assert int((moved / "end.steps").read_text()) == 2 * LOCAL_STEPS  # one round, of two blocks

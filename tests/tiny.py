@@ -1,5 +1,7 @@
 """Tiny stand-ins: a random Llama, a real tokenizer of a few words, and data sets of clients of unequal size."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -73,9 +75,15 @@ def tokenised(shards: dict[int, int] = SHARDS, *, seed: int = 0) -> Dataset:
     """`input_ids`, `labels`, `client_id`: rows of 3 to 12 tokens, the clients' rows shuffled among each other.
 
     Most rows score a suffix only; every fourth scores all its tokens, so also its first, which the shift takes away.
+    The same data set is made once: nothing changes one.
     """
+    return _tokenised(tuple(shards.items()), seed)
+
+
+@lru_cache(maxsize=64)
+def _tokenised(shards: tuple[tuple[int, int], ...], seed: int) -> Dataset:
     rng = np.random.default_rng(seed)
-    owners = rng.permutation([client for client, size in shards.items() for _ in range(size)])
+    owners = rng.permutation([client for client, size in shards for _ in range(size)])
     rows = []
     for row, client in enumerate(owners.tolist()):
         ids = rng.integers(3, len(VOCABULARY), size=rng.integers(3, 13)).tolist()

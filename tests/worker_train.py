@@ -1,6 +1,7 @@
 """One training run described by a JSON file, for tests that need a process of their own: several, or one to be killed.
 
-`torchrun --nproc_per_node 2 tests/worker_train.py job.json`, or `run(job)` in a process started by the test. A job:
+`torchrun --nproc_per_node 2 tests/worker_train.py job.json`, or `run(job)` or `run_as(job, ...)` in processes that the
+test forks. A job:
 
     output_dir        folder of the run
     args              fields of FederatedSketchConfig
@@ -76,6 +77,15 @@ def run(job: dict) -> None:
     Path(f"{job['result']}.steps").write_text(str(killer.step))
     if job.get("operations"):
         Path(job["operations"]).write_text("".join(f"{line}\n" for line in disk.log))
+
+
+def run_as(job: dict, rank: int, processes: int, port: int) -> None:
+    """`run` as one of several processes, with the environment that torchrun would have given it."""
+    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    named |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in named.items()})
+    run(job)
+    leave()
 
 
 def load_result(result, rank: int = 0) -> reference.Adapter:
