@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +14,10 @@ from trl import get_peft_config, get_quantization_config
 from .config import FederatedSketchConfig
 from .data.sources import load_rows
 from .partition import partition
+from .processes import rank
 from .recipe import ModelArguments, RecipeArguments
 from .report import ledger_table, plot_ledger, read_ledger
+from .storage.locks import FolderInUse, held
 from .trainer import FederatedSketchTrainer
 
 Trained = TypeVar("Trained", bound=FederatedSketchTrainer)
@@ -92,15 +95,31 @@ def _card_facts(recipe: RecipeArguments, rows: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def claimed(output_dir: str) -> Iterator[None]:
+    """For a script: its run's folder, from before the model is loaded until all of the run is in it.
+
+    What keeps a run from beginning or from ending well is told in one sentence, with exit code 1.
+    """
+    try:
+        with held(output_dir):
+            yield
+    except FolderInUse as error:
+        sys.exit(str(error) if rank() == 0 else 1)
+
+
 def finish(trainer: FederatedSketchTrainer, evaluation: dict[int, float] | None = None) -> str:
     """Write the final adapter and the figure of the rounds beside the ledger; returns the ledger as a table.
 
     `evaluation` maps a number of finished rounds to the held-out loss then, for the figure; None takes what the
     trainer evaluated on its way.
     """
-    trainer.save_model(trainer.args.output_dir, _internal_call=True)  # the rounds are pushed already
-    if not trainer.is_world_process_zero():
-        return ""
+    with held(trainer.args.output_dir):
+        trainer.save_model(trainer.args.output_dir, _internal_call=True)  # the rounds are pushed already
+        return _report(trainer, evaluation) if trainer.is_world_process_zero() else ""
+
+
+def _report(trainer: FederatedSketchTrainer, evaluation: dict[int, float] | None) -> str:
     if evaluation is None:
         history = trainer.state.log_history
         evaluation = {round(row["epoch"]): row["eval_loss"] for row in history if "eval_loss" in row}

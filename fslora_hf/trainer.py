@@ -65,6 +65,7 @@ from .rows import column_to_numpy, fit_rows
 from .schedule import round_schedule
 from .server import ServerState
 from .settings import mask_tokens
+from .storage.locks import held
 from .updates import check_finite
 
 logger = logging.getLogger(__name__)
@@ -236,13 +237,20 @@ class FederatedSketchTrainer(SFTTrainer):
         Args:
             resume_from_checkpoint: a checkpoint's folder, True for the latest finished one in `output_dir`, `hub` for
                 the latest round in the run's repository, or `owner/name@round-0010`.
+
+        Raises:
+            FolderInUse: another launch trains in `output_dir`.
         """
         self._bind_callbacks()
+        with held(self.args.output_dir):
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(self, resume, trial, ignore_keys_for_eval):
         ended = False
         on_host = self.args.device.type == "cpu" and host_memory.keep_freed_memory()
         try:
             agree(self._open_hub)
-            checkpoint = agree(lambda: run.find_start(self, resume_from_checkpoint))
+            checkpoint = agree(lambda: run.find_start(self, resume))
             if self.args.per_device_train_clients == AUTO:
                 self._lay_out(agree(lambda: run.saved_block(checkpoint)) or self._fit_block())
             self._open_run()

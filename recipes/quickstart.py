@@ -14,7 +14,8 @@ from datasets import disable_progress_bars
 
 from fslora_hf import FederatedSketchConfig
 from fslora_hf.evaluation import Losses, Scores, held_out_loss, score_rows
-from fslora_hf.launch import build_trainer, finish, held_out_rows
+from fslora_hf.launch import build_trainer, claimed, finish, held_out_rows
+from fslora_hf.processes import agree
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.report import read_ledger, totals
 from fslora_hf.settings import SettingsError
@@ -64,16 +65,17 @@ def main() -> None:
     except SettingsError as error:
         sys.exit(str(error))
     recipe, args, model_args = parsed
-    args.output_dir = unused_folder(args.output_dir)
-    trainer = build_trainer(recipe, args, model_args)
-    held_out = held_out_rows(recipe, args.seed)
-    before = evaluate(trainer, held_out, "before")
-    trainer.train()
-    after = evaluate(trainer, held_out, "after")
-    table = finish(trainer, {0: before[0].overall, args.num_rounds: after[0].overall})
-    moved = totals(read_ledger(trainer.ledger_path))
-    results = {"before": to_json(*before), "after": to_json(*after), "moved": moved}
-    (Path(args.output_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    args.output_dir = agree(lambda: unused_folder(args.output_dir))
+    with claimed(args.output_dir):
+        trainer = build_trainer(recipe, args, model_args)
+        held_out = held_out_rows(recipe, args.seed)
+        before = evaluate(trainer, held_out, "before")
+        trainer.train()
+        after = evaluate(trainer, held_out, "after")
+        table = finish(trainer, {0: before[0].overall, args.num_rounds: after[0].overall})
+        moved = totals(read_ledger(trainer.ledger_path))
+        results = {"before": to_json(*before), "after": to_json(*after), "moved": moved}
+        (Path(args.output_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\nRounds\n{table}\n\nHeld-out rows, before and after\n{results_table(before, after)}\n")
     print(
         f"Sent: {moved['bytes_total'] / 1e6:.1f} MB, {moved['ratio']:.0%} of what full-rank LoRA would have sent.\n"

@@ -10,7 +10,7 @@ Every setting of the YAML file can be given on the command line, too, where it t
 import sys
 
 from fslora_hf import FederatedSketchConfig
-from fslora_hf.launch import build_trainer, finish, missing_rounds
+from fslora_hf.launch import build_trainer, claimed, finish, missing_rounds
 from fslora_hf.processes import leave
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.settings import SettingsError
@@ -21,9 +21,10 @@ def main() -> None:
         recipe, args, model_args = parse_recipe((RecipeArguments, FederatedSketchConfig, ModelArguments))
     except SettingsError as error:
         sys.exit(str(error))
-    trainer = build_trainer(recipe, args, model_args)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    table = finish(trainer)
+    with claimed(args.output_dir):
+        trainer = build_trainer(recipe, args, model_args)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        table = finish(trainer)
     leave()
     if trainer.is_world_process_zero():
         print(f"\n{table}\n\nAdapter, ledger and figure: {args.output_dir}")

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from fslora_hf.comparison.arguments import parse_comparison
-from fslora_hf.comparison.folder import Folder, take
+from fslora_hf.comparison.folder import Folder
 from fslora_hf.comparison.launching import Launcher, Progress, run_all
 from fslora_hf.comparison.results import is_done, share_done
 from fslora_hf.comparison.runs import runs_of
 from fslora_hf.comparison.splits import check_unchanged, splits_of
 from fslora_hf.settings import SettingsError
+from fslora_hf.storage.locks import LOCK_NAME, lock_file
 from recipes import compare
 from tests import compared
 
@@ -303,9 +304,9 @@ def test_another_comparison_is_refused_and_left_as_it_is(main, tmp_path):
 
 def test_two_at_once_are_refused(main, tmp_path):
     assert main()[0] == 0
-    with open(tmp_path / "out" / ".lock", "w") as lock:
-        assert take(lock.fileno())
-        assert "Expected one comparison at a time" in main()[0]
+    with open(tmp_path / "out" / LOCK_NAME, "w") as file:
+        assert lock_file(file.fileno())
+        assert "Expected no other run at work" in main()[0]
 
 
 def test_a_run_that_a_killed_comparison_left_at_work_is_waited_for(plan, tmp_path):
@@ -315,7 +316,7 @@ def test_a_run_that_a_killed_comparison_left_at_work_is_waited_for(plan, tmp_pat
     code = "import time; from tests import compared; from pathlib import Path; time.sleep(1.5); compared.write_run("
     code += f"Path({str(folder.run(run.name))!r}), 4, {{4: (1.0, 0.5)}})"
     with open(folder.log(run.name), "a") as log:
-        assert take(log.fileno())
+        assert lock_file(log.fileno())
         orphan = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, cwd=ROOT)
     looked = []
     launcher = Launcher(folder, Path("no such script"))

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fslora_hf"
 ROWS = [
-    {"common"},
-    {"draws", "settings", "ledger", "processes", "host_memory", "quantized", "storage"},
+    {"common", "processes"},
+    {"draws", "settings", "ledger", "host_memory", "quantized", "storage"},
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation", "feedback"},
     {"refusals"},

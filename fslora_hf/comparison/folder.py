@@ -10,18 +10,13 @@ from typing import Any
 
 import yaml
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two comparisons out of one folder
-    fcntl = None
-
 from ..settings import default_of
+from ..storage.locks import LOCK_NAME, held
 from .arguments import RECIPE_TYPES
 from .runs import Run
 from .splits import Split
 
 SAVED = "runs.json"
-LOCK = ".lock"
 # Settings that change speed, logs or rounding, but not what is compared.
 NEUTRAL = set(
     (
@@ -59,12 +54,7 @@ class Folder:
         self._refuse_other(saved, described, runs)
         for part in ("runs", "logs", "recipes"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
-        with open(self.path / LOCK, "w") as lock:
-            if not take(lock.fileno()):
-                raise ValueError(
-                    f"Expected one comparison at a time in {self.path}, found another at work there: wait for it, or "
-                    "name another output_dir."
-                )
+        with held(self.path):
             write(self.path / SAVED, json.dumps({"format": 1, "runs": saved | described}, indent=1) + "\n")
             for run in runs:
                 write(self.recipe(run.name), yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True))
@@ -80,7 +70,9 @@ class Folder:
                 raise ValueError(
                     f"Expected {path} as a comparison wrote it, found damage ({error}): name another output_dir."
                 ) from error
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (
+            not self.path.is_dir() or {path.name for path in self.path.iterdir()} - {LOCK_NAME}
+        ):
             raise ValueError(
                 f"Expected {self.path} to be empty or to hold this comparison, found something else: name another "
                 "output_dir."
@@ -127,17 +119,6 @@ def _differing(saved: dict[str, Any], described: dict[str, Any]) -> list[str]:
         if old != new:
             texts.append(f"{name} was {old!r} and is {new!r}")
     return texts
-
-
-def take(descriptor: int) -> bool:
-    """Lock an open file for this process and all that inherit it; False if another holds it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def write(path: Path, text: str) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from .folder import Folder, take
+from ..storage.locks import lock_file
+from .folder import Folder
 from .results import is_done, is_started, rounds_and_bytes, share_done
 from .runs import Run
 
@@ -40,7 +41,7 @@ class Launcher:
         with open(self.folder.log(run.name), "a", encoding="utf-8") as log:
             # Every process of a run has inherited its log, locked: what a killed comparison left running goes on, and
             # a second process in its folder would spoil it.
-            while not take(log.fileno()):
+            while lock_file(log.fileno()) is False:
                 watch()
                 time.sleep(_LOOK)
             if not is_done(run, self.folder.run(run.name)):

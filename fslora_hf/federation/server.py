@@ -17,6 +17,7 @@ from ..launch import build_trainer, finish
 from ..recipe import ModelArguments, RecipeArguments, build_settings, read_file, read_flags
 from ..run import ranks_of_clients, refuse_occupied
 from ..settings import SettingsError, field_problems, is_a, sentence
+from ..storage.locks import held
 from .exchange import Exchange
 from .packet import Packet
 from .remote import RoundRules
@@ -86,13 +87,22 @@ def run_federation(federation: FederationArguments, exchange: Exchange) -> str:
 
     Raises:
         SettingsError: settings that cannot work, before anything is loaded.
+        FolderInUse: another launch is at work in the recipe's output_dir; no node was asked for anything.
         FederationError: too few nodes joined or answered; the rounds before are kept.
     """
     values = read_recipe(federation)
-    settings = recipe, args, _ = build_settings(RECIPE_TYPES, values)
+    settings = _, args, _ = build_settings(RECIPE_TYPES, values)
     problems = list(check_recipe(args, federation.min_clients))
     if problems:
         raise SettingsError(problems)
+    with held(args.output_dir):  # before nodes are asked, which may be at work for the run that is there
+        return _run(federation, exchange, values, settings)
+
+
+def _run(
+    federation: FederationArguments, exchange: Exchange, values: dict[str, Any], settings: tuple[Any, Any, Any]
+) -> str:
+    recipe, args, _ = settings
     if not federation.resume:
         refuse_occupied(Path(args.output_dir), resuming="resume=true in --run-config")
     evaluates = bool(args.eval_rounds or args.eval_on_start)

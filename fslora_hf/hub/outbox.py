@@ -21,11 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..checkpoint import checksums, sync_path, sync_tree
-
-try:
-    import fcntl
-except ImportError:  # on Windows, recipes/push.py is for after the run
-    fcntl = None
+from ..storage.locks import lock_file
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +210,7 @@ class Outbox:
         """Nobody else changes which snapshots there are, and what they say: not this process's other threads, nor
         recipes/push.py beside a run."""
         with _THREADS, open(self.folder / ".lock", "w") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file.fileno(), wait=True)  # where there are no locks, recipes/push.py is for after the run
             yield
 
     def _keep(self, made: Snapshot, target: Path) -> Snapshot:
