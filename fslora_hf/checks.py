@@ -17,7 +17,6 @@ from .config import FederatedSketchConfig
 from .data.commonsense import COLUMNS as OPTION_COLUMNS
 from .evaluation.results import quantization_of
 from .methods import method_class
-from .rows import survey_rows
 
 
 def raise_together(problems: Iterable[str]) -> None:
@@ -136,20 +135,15 @@ def check_prepared_rows(
     lost = np.setdiff1d(before, ids, assume_unique=True)  # else numpy sorts out a million ids again, slowly
     if len(lost):
         yield (
-            f"Expected every client to keep rows in preparation, found that {_some(lost)} lost all of theirs: raise "
-            "max_length, shorten the rows, or leave these clients out of the data."
+            f"Expected every client to keep rows in preparation, found that {_some(lost)} lost all of theirs, "
+            "too long or without a scored token: raise max_length, set overlong_prompts to keep_start, check the "
+            "labels, or leave these clients out of the data."
         )
     few = ids[counts < args.min_examples]
     if len(few):
         yield (
             f"Expected at least min_examples={args.min_examples} prepared rows of every client, found fewer at "
             f"{_some(few)}: lower min_examples, or give these clients more data."
-        )
-    unscored = np.flatnonzero(survey_rows(dataset).with_loss == 0)
-    if len(unscored):
-        yield (
-            f"Expected every row to have a scored token after its first, found none in row {_some(unscored, 'row')}: "
-            "check the labels of these rows, or leave them out."
         )
 
 
@@ -295,9 +289,9 @@ def _kind(feature: Any) -> str:
     return getattr(feature, "dtype", None) or type(feature).__name__
 
 
-def _some(values: np.ndarray, noun: str = "client") -> str:
+def _some(values: np.ndarray) -> str:
     """`client 3`, or `5 clients (3, 7, 8, ...)`."""
     if len(values) == 1:
-        return f"{noun} {values[0]}" if noun == "client" else str(values[0])
+        return f"client {values[0]}"
     listed = ", ".join(str(value) for value in values[:5]) + (", ..." if len(values) > 5 else "")
-    return f"{len(values)} {noun}s ({listed})" if noun == "client" else f"{listed} ({len(values)} rows)"
+    return f"{len(values)} clients ({listed})"

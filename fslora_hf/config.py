@@ -143,8 +143,9 @@ class FederatedSketchConfig(SFTConfig):
     overlong_prompts: str = field(
         default="truncate",
         metadata={
-            "help": "Rows longer than max_length: truncate cuts the prompt from the left, drop leaves the row out.",
-            "choices": ("truncate", "drop"),
+            "help": "Rows longer than max_length: truncate cuts the prompt from the left, drop leaves the row out, "
+            "keep_start cuts the end, answers too, as SFTTrainer does.",
+            "choices": ("truncate", "drop", "keep_start"),
         },
     )
 

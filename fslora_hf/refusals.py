@@ -79,7 +79,7 @@ REFUSED = {
     "padding_free": _OWN_ROW,
     "label_smoothing_factor": "the loss is computed from the labels' log-probabilities alone, so remove it",
     "optim_target_modules": "it belongs to optimizers that mix clients, so remove it",
-    "truncation_mode": "long rows are shortened with their answer kept, so remove it and see overlong_prompts",
+    "truncation_mode": "overlong_prompts says what becomes of long rows, so remove it and set that",
     "router_aux_loss_coef": "the auxiliary loss of a batch mixes its clients, so remove it or set it to 0.0",
 }
 # What `accelerate launch` asks for through the environment.

@@ -21,6 +21,10 @@ class Survey:
     first_scored: np.ndarray
     with_loss: np.ndarray
 
+    def of(self, rows: np.ndarray) -> "Survey":
+        """The survey of a choice of rows."""
+        return Survey(self.tokens[rows], self.first_scored[rows], self.with_loss[rows])
+
 
 def survey_rows(dataset: Dataset) -> Survey:
     """Survey the `labels` column of a tokenised data set, whose ignored tokens are -100."""
@@ -31,33 +35,55 @@ def survey_rows(dataset: Dataset) -> Survey:
 
 
 def fit_rows(dataset: Dataset, name: str, max_length: int | None, overlong_prompts: str, bos_token_id: int | None):
-    """The rows at no more than `max_length` tokens, no answer ever cut; returns the data set.
+    """The rows at no more than `max_length` tokens, each with a token that has a loss; returns the data set.
 
-    A row whose first token is scored is plain text and loses its end. Any other row is a prompt with an answer: its
-    prompt loses its beginning (but for a leading `bos_token_id`) with `overlong_prompts="truncate"`, or the row is
-    dropped with `"drop"`; a row is dropped, too, when its answer leaves no room for a token of prompt before it.
+    A row whose first token is scored is plain text and loses its end. Any other row is a prompt with an answer:
+
+    - `overlong_prompts="truncate"`: its prompt loses its beginning (but for a leading `bos_token_id`), or the row is
+      dropped when its answer leaves no room for a token of prompt before it. No answer is cut.
+    - `"drop"`: the row is dropped.
+    - `"keep_start"`: it loses its end, answers too, as with SFTTrainer.
+
+    What is cut and dropped is told with counts of rows and of scored tokens.
     """
-    if max_length is None:
-        return dataset
     survey = survey_rows(dataset)
+    if max_length is None:
+        return drop_unscored(dataset, name, survey)
     excess = np.maximum(survey.tokens - max_length, 0)
-    prompted = survey.first_scored > 0
+    prompted = (survey.first_scored > 0) & (overlong_prompts != "keep_start")
     lost = prompted & (excess > 0) & ((overlong_prompts == "drop") | (survey.first_scored <= excess))
     cut = (excess > 0) & ~lost
+    scored = survey.with_loss.sum()
     if cut.any():
-        logger.warning("%s: %d of %d prompts or texts were cut to %d tokens.", name, cut.sum(), len(cut), max_length)
         fields = {"cut": excess, "prompted": prompted, "max_length": max_length, "bos": bos_token_id}
-        dataset = dataset.map(_cut_row, with_indices=True, fn_kwargs=fields, desc=f"Cutting {name} prompts")
+        dataset = dataset.map(_cut_row, with_indices=True, fn_kwargs=fields, desc=f"Cutting {name} rows")
+        survey = survey_rows(dataset)
+        text = "%s: %d of %d rows were cut to %d tokens, and %d of %d scored tokens with them."
+        logger.warning(text, name, cut.sum(), len(cut), max_length, scored - survey.with_loss.sum(), scored)
     if lost.any():
-        logger.warning(
-            "%s: %d of %d rows were dropped because they are longer than %d tokens.",
-            name,
-            lost.sum(),
-            len(lost),
-            max_length,
-        )
-        dataset = dataset.select(np.flatnonzero(~lost))
-    return dataset
+        text = "%s: %d of %d rows were dropped because %s, and %d of %d scored tokens with them%s."
+        why = f"they are longer than {max_length} tokens"
+        if overlong_prompts == "truncate":
+            why = f"they are longer than {max_length} tokens without the prompt before their first answer"
+        remedy = "; set overlong_prompts to keep_start to have their ends cut instead, as SFTTrainer does"
+        logger.warning(text, name, lost.sum(), len(lost), why, survey.with_loss[lost].sum(), scored, remedy)
+        dataset, survey = dataset.select(np.flatnonzero(~lost)), survey.of(~lost)
+    return drop_unscored(dataset, name, survey)
+
+
+def drop_unscored(dataset: Dataset, name: str, survey: Survey | None = None) -> Dataset:
+    """The rows with a token that has a loss; the others are dropped with a count.
+
+    Rows that are not prepared, without labels, are left for others to tell.
+    """
+    if "labels" not in dataset.column_names:
+        return dataset
+    scored = (survey or survey_rows(dataset)).with_loss > 0
+    if scored.all():
+        return dataset
+    text = "%s: %d of %d rows were dropped because none of their tokens after the first is scored."
+    logger.warning(text, name, (~scored).sum(), len(scored))
+    return dataset.select(np.flatnonzero(scored))
 
 
 def digest_rows(dataset: Dataset, client_id_column: str) -> str:

@@ -61,7 +61,7 @@ from .processes import agree, gather, rank
 from .quantized import check_as_stored, keep_as_stored
 from .refusals import AUTO
 from .round_scores import RoundScorer
-from .rows import column_to_numpy, fit_rows
+from .rows import column_to_numpy, drop_unscored, fit_rows
 from .schedule import round_schedule
 from .server import ServerState
 from .settings import mask_tokens
@@ -171,6 +171,7 @@ class FederatedSketchTrainer(SFTTrainer):
             )
         raise_together([*check_layers(self.model, self.aux_loss_enabled, args.method), *check_as_stored(self.model)])
         keep_as_stored(self.model)
+        self.train_dataset = drop_unscored(self.train_dataset, "train")  # also of rows that were not prepared here
         prepared_ids = column_to_numpy(self.train_dataset, args.client_id_column)
         raise_together(check_prepared_rows(args, self.train_dataset, given.ids, prepared_ids))
         widen_adapter(self.model)

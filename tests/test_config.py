@@ -195,7 +195,7 @@ REFUSALS = [
     (
         {"truncation_mode": "keep_end"},
         "truncation_mode to be left at 'keep_start', found 'keep_end': "
-        "long rows are shortened with their answer kept, so remove it and see overlong_prompts.",
+        "overlong_prompts says what becomes of long rows, so remove it and set that.",
     ),
     (
         {"router_aux_loss_coef": 0.01},
@@ -296,7 +296,10 @@ REFUSALS = [
         {"client_weighting": "examples"},
         "client_weighting to be one of uniform, num_examples, found 'examples': did you mean num_examples.",
     ),
-    ({"overlong_prompts": "cut"}, "overlong_prompts to be one of truncate, drop, found 'cut': choose one of these."),
+    (
+        {"overlong_prompts": "cut"},
+        "overlong_prompts to be one of truncate, drop, keep_start, found 'cut': choose one of these.",
+    ),
     (
         {"client_ranks": 4},
         "client_ranks to be a list with a rank for each client, found 4: write one, as in [4, 8, 16].",

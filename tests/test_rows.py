@@ -37,7 +37,11 @@ def test_answers_are_never_cut(caplog):
     rows = [make_row([10, 11], [20, 21, 22, 23]), make_row([10], [20, 21, 22, 23, 24]), make_row([10], [20])]
     with caplog.at_level(logging.WARNING):
         assert fit(rows) == [rows[2]]
-    assert "train: 2 of 3 rows were dropped because they are longer than 4 tokens." in caplog.messages
+    assert caplog.messages == [
+        "train: 2 of 3 rows were dropped because they are longer than 4 tokens without the prompt before their first "
+        "answer, and 9 of 10 scored tokens with them; set overlong_prompts to keep_start to have their ends cut "
+        "instead, as SFTTrainer does."
+    ]
 
 
 @pytest.mark.parametrize("overlong_prompts", ["truncate", "drop"])
@@ -66,18 +70,45 @@ def test_drop_leaves_overlong_rows_out_and_counts_them(caplog):
     rows = [make_row([10, 11, 12], [20, 21]), make_row([10, 11], [20, 21]), make_row([1] * 9, [2])]
     with caplog.at_level(logging.WARNING):
         assert fit(rows, overlong_prompts="drop") == [rows[1]]
-    assert caplog.messages == ["train: 2 of 3 rows were dropped because they are longer than 4 tokens."]
+    assert caplog.messages == [
+        "train: 2 of 3 rows were dropped because they are longer than 4 tokens, and 3 of 5 scored tokens with them; "
+        "set overlong_prompts to keep_start to have their ends cut instead, as SFTTrainer does."
+    ]
 
 
-@pytest.mark.parametrize("overlong_prompts", ["truncate", "drop"])
+@pytest.mark.parametrize("overlong_prompts", ["truncate", "drop", "keep_start"])
 def test_plain_text_loses_its_end(caplog, overlong_prompts):
-    """A row that is scored from its first token on, and one that is not scored at all."""
+    """A row that is scored from its first token on; its first token has no loss."""
     text = make_row([], [20, 21, 22, 23, 24])
-    unscored = make_row([10, 11, 12, 13, 14, 15], [])
     with caplog.at_level(logging.WARNING):
-        fitted = fit([text, unscored], overlong_prompts=overlong_prompts)
-    assert fitted == [make_row([], [20, 21, 22, 23]), make_row([10, 11, 12, 13], [])]
-    assert caplog.messages == ["train: 2 of 2 prompts or texts were cut to 4 tokens."]
+        assert fit([text, make_row([], [20, 21])], overlong_prompts=overlong_prompts) == [
+            make_row([], [20, 21, 22, 23]),
+            make_row([], [20, 21]),
+        ]
+    assert caplog.messages == ["train: 1 of 2 rows were cut to 4 tokens, and 1 of 5 scored tokens with them."]
+
+
+def test_keep_start_cuts_every_row_at_its_end(caplog):
+    """Of several answers the first stay; a row whose answers all lay beyond goes, told with its tokens."""
+    turns = {"input_ids": [9, 20, 9, 21, 22], "labels": [-100, 20, -100, 21, 22], "client_id": 0}
+    rows = [turns, make_row([9, 9, 9, 9], [20, 21]), make_row([9], [20])]
+    with caplog.at_level(logging.WARNING):
+        kept = fit(rows, overlong_prompts="keep_start")
+    assert kept == [{"input_ids": [9, 20, 9, 21], "labels": [-100, 20, -100, 21], "client_id": 0}, rows[2]]
+    assert caplog.messages == [
+        "train: 2 of 3 rows were cut to 4 tokens, and 3 of 6 scored tokens with them.",
+        "train: 1 of 3 rows were dropped because none of their tokens after the first is scored.",
+    ]
+
+
+@pytest.mark.parametrize("max_length", [4, None])
+def test_rows_with_nothing_to_score_are_dropped_with_a_count(caplog, max_length):
+    rows = [make_row([9, 9], []), make_row([9], [20]), make_row([], [20])]
+    with caplog.at_level(logging.WARNING):
+        assert fit(rows, max_length) == [rows[1]]
+    assert caplog.messages == [
+        "train: 2 of 3 rows were dropped because none of their tokens after the first is scored."
+    ]
 
 
 def test_what_fits_is_left_alone(caplog):
