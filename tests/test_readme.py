@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +10,13 @@ import tiny
 import torch
 from peft import get_peft_model
 from test_loglikelihood import fitted, tokenizer
-from test_recipes import launch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fslora_hf import FederatedSketchConfig
 from fslora_hf.data.miniature import miniature_rows
 from fslora_hf.recipe import RecipeArguments
+
+pytest_plugins = ("tests.forked",)
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,18 +74,18 @@ def test_python_blocks_run_in_order(model, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_train_command_runs(model, tmp_path):
+def test_train_command_runs(model, run_script, tmp_path):
     (command,) = [block for block in blocks("sh") if "recipes/train.py" in block and "outputs/mine" in block]
     words = shlex.split(
         command.replace("\\\n", " ").replace("MODEL", model).replace("outputs/mine", str(tmp_path / "r"))
     )
     assert words[:3] == ["accelerate", "launch", "--config_file"]
     shorter = ["--num_rounds", "1", "--local_steps", "1", "--train_rows_per_task", "24"]
-    assert "Adapter, ledger and figure" in launch(*words[4:], *shorter)
+    assert "Adapter, ledger and figure" in run_script(*words[4:], *shorter)
 
 
 @pytest.mark.slow
-def test_own_method_runs_from_the_folder_it_is_in(model, tmp_path):
+def test_own_method_runs_from_the_folder_it_is_in(model, run_script, tmp_path):
     """Its file in an empty folder, and the command run there."""
     (example,) = [block for block in blocks("python") if "(Method)" in block]
     assert len(example.splitlines()) < 30 and "a file `my_methods.py`" in TEXT
@@ -95,7 +94,7 @@ def test_own_method_runs_from_the_folder_it_is_in(model, tmp_path):
     words = shlex.split(command.replace("\\\n", " ").replace("MODEL", model))
     words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words]
     shorter = ["--num_rounds", "2", "--local_steps", "1", "--train_rows_per_task", "24"]
-    assert "Adapter, ledger and figure" in launch(*words[4:], *shorter, cwd=tmp_path)
+    assert "Adapter, ledger and figure" in run_script(*words[4:], *shorter, cwd=tmp_path)
     output = tmp_path / "outputs" / "holders"
     assert json.loads((output / "federated_run.json").read_text())["method"] == "my_methods:MeanOfHolders"
     records = [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
@@ -116,7 +115,7 @@ def stand_ins(folder: Path, count: int, *tasks: str) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_score_commands_run(tmp_path):
+def test_score_commands_run(run_script, tmp_path):
     """With generated rows, a model of bytes, and a run of one round in place of what they name."""
     base, rows, scores = *stand_ins(tmp_path, 24, "boolq", "piqa"), tmp_path / "scores"
     adapter = tmp_path / "checkpoint-120"
@@ -126,24 +125,22 @@ def test_score_commands_run(tmp_path):
     for name, stand_in in {**named, "outputs/scores": scores, "outputs/leaderboard": tmp_path / "board"}.items():
         block = block.replace(name, str(stand_in))
     score, rank = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
-    table = launch(*score[4:])
+    table = run_script(*score[4:])
     assert "| base " in table and "checkpoint-120" in table and "most common answer" in table
     assert rank[:2] == ["python", "recipes/leaderboard.py"]
-    done = subprocess.run([sys.executable, *rank[1:]], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "checkpoint-120" in done.stdout, done.stderr[-3000:]
+    assert "checkpoint-120" in run_script(*rank[1:])
     assert {path.suffix for path in (tmp_path / "board").iterdir()} >= {".md", ".csv", ".html"}
 
 
 @pytest.mark.slow
-def test_compare_command_runs(tmp_path):
+def test_compare_command_runs(run_script, tmp_path):
     """Two methods of it for one round and one seed, on a model of bytes and generated rows."""
     base, rows, out = *stand_ins(tmp_path, 400, "boolq"), tmp_path / "out"
     (command,) = [block for block in blocks("sh") if "recipes/compare.py" in block]
     words = shlex.split(command.replace("FOLDER", str(rows)))
     shorter = f"--model_name_or_path {base} --output_dir {out} --methods fslora ffa_lora --seeds 1 --rounds 1"
     shorter += " --local_steps 1 --tasks boolq --eval_rows_per_task 4 --max_length 512 --dirichlet_alpha 1000"
-    done = subprocess.run([sys.executable, *words[1:], *shorter.split()], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(*words[1:], *shorter.split())
     table = (out / "table.md").read_text()
     assert "| fslora |" in table and "| ffa\\_lora |" in table and "hetlora" not in table
     assert {path.suffix for path in out.iterdir()} >= {".md", ".html", ".json", ".png", ".svg"}

@@ -21,6 +21,8 @@ from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.report import read_ledger
 from recipes.quickstart import results_table
 
+pytest_plugins = ("tests.forked",)
+
 ROOT = Path(__file__).parent.parent
 OTHERS = {"accelerate_configs", "lm_eval", "comparisons"}  # files of other programs, and comparisons of recipes
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/**/*.yaml") if not OTHERS & set(path.parts))
@@ -101,7 +103,7 @@ def launch(*command: str, cwd: Path = ROOT) -> str:
 
 
 @pytest.mark.slow
-def test_train_script_runs_and_resumes(stand_in, tmp_path):
+def test_train_script_runs_and_resumes(stand_in, run_script, tmp_path):
     """The command of the README, stopped after some rounds and taken up again."""
     model, output = stand_in("smollm2_135m"), tmp_path / "run"
     command = [str(ROOT / "recipes/train.py"), "--config", str(ROOT / "recipes/smollm2_135m/quickstart.yaml")]
@@ -109,24 +111,24 @@ def test_train_script_runs_and_resumes(stand_in, tmp_path):
     command += ["--train_rows_per_task", "24", "--lr_scheduler_type", "constant", "--save_total_limit", "9"]
     assert "Adapter, ledger and figure" in launch(*command, "--num_rounds", "2")
     assert [record["round"] for record in read_ledger(output / "rounds.jsonl")] == [0, 1]
-    launch(*command, "--num_rounds", "3", "--resume_from_checkpoint", "true")
+    run_script(*command, "--num_rounds", "3", "--resume_from_checkpoint", "true")
     assert [record["round"] for record in read_ledger(output / "rounds.jsonl")] == [0, 1, 2]
     assert (output / "rounds.png").stat().st_size > 10_000
     assert (output / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
-def test_quickstart_script_reports_before_and_after(stand_in, tmp_path):
+def test_quickstart_script_reports_before_and_after(stand_in, run_script, tmp_path):
     command = [str(ROOT / "recipes/quickstart.py"), "--model_name_or_path", stand_in("smollm2_135m")]
     command += ["--num_rounds", "2", "--local_steps", "1", "--train_rows_per_task", "24", "--eval_rows_per_task", "12"]
-    printed = launch(*command, "--output_dir", str(tmp_path / "run"))
+    printed = run_script(*command, "--output_dir", str(tmp_path / "run"))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["before"]["tasks"]) == set(TASKS) == set(results["after"]["tasks"])
     for task, score in results["after"]["tasks"].items():
         assert score["majority_rate"] > 0 and task in printed
     assert f"{results['moved']['ratio']:.0%} of what full-rank LoRA" in printed
     # A second run beside it, never over it.
-    launch(*command, "--output_dir", str(tmp_path / "run"))
+    run_script(*command, "--output_dir", str(tmp_path / "run"))
     assert (tmp_path / "run-2" / "results.json").exists()
 
 
