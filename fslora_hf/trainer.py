@@ -66,6 +66,7 @@ from .schedule import round_schedule
 from .server import ServerState
 from .settings import mask_tokens
 from .storage.locks import held
+from .token_metrics import TokenMetrics
 from .updates import check_finite
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class FederatedSketchTrainer(SFTTrainer):
         self._bind_callbacks()
         self._plan_rounds(ClientIndex.from_column(prepared_ids), lora.r)
         self._engine: RoundEngine | None = None
-        self._token_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+        self._token_metrics = TokenMetrics(partial(self.accelerator.reduce, reduction="sum"), args.device)
         self._scorer, self._asked = RoundScorer(args, eval_dataset, self.model, self.processing_class), None
         self.rounds_done, self._bytes_up = 0, 0
 
@@ -488,24 +489,29 @@ class FederatedSketchTrainer(SFTTrainer):
             token_losses = token_losses * outputs.log_probs.exp().detach()
         losses = token_losses.view(clients, -1).sum(1) / num_items_in_batch
         self._engine.record_loss(losses)
-        counts = outputs.entropy.sum(), outputs.is_top1.sum(), outputs.label_mask.sum(), inputs["tokens"]
-        self._token_sums = self._token_sums.to(losses.device) + torch.stack([c.detach().double() for c in counts])
+        self._token_metrics.add(outputs, inputs["tokens"])
         return losses.sum()
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        # TRL gathers its token metrics at every micro-batch; here they are summed over processes when logged.
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            entropy, correct, scored, tokens = self.accelerator.reduce(self._token_sums, "sum").tolist()
-            self._total_train_tokens += int(tokens)
-            if scored > 0:
-                self._metrics["train"]["entropy"] = [entropy / scored]
-                self._metrics["train"]["mean_token_accuracy"] = [correct / scored]
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            self._token_sums = torch.zeros_like(self._token_sums)
+            self._tell_tokens(self._metrics["train"])
         super()._maybe_log_save_evaluate(*args, **kwargs)
         between = self.state.global_step == self.rounds_done * self.layout.steps_per_round
         if between or self.control.should_training_stop:
             self._publish()
+
+    def _tell_tokens(self, metrics: dict[str, Any]) -> None:
+        self._token_metrics.tell(metrics)
+        self._total_train_tokens += self._token_metrics.count()
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs, start_time=None):
+        # The run's last log tells of the steps since the one before, also if an evaluation came in between.
+        if "train_runtime" in logs and self.state.global_step > self._globalstep_last_logged:
+            told: dict[str, Any] = {}
+            self._tell_tokens(told)
+            logs.update({name: value for name, (value,) in told.items()})
+        super().log(logs, start_time)
 
     def _clip_grad_norm(self, model):
         return self._engine.stack.clip_gradients(self.args.max_grad_norm).mean()
@@ -527,6 +533,7 @@ class FederatedSketchTrainer(SFTTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         # In evaluation mode the layers compute with the global adapter, whatever clients are in the stack.
+        self._total_train_tokens += self._token_metrics.count()  # which TRL logs with what is evaluated
         output = super().evaluation_loop(*args, **kwargs)
         if self._asked in self._scorer.rows:
             output.metrics.update(self._scorer.score(self, self._asked, kwargs.get("metric_key_prefix", "eval")))

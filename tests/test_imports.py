@@ -12,7 +12,7 @@ ROWS = [
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation", "feedback"},
     {"refusals"},
-    {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining"},
+    {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining", "token_metrics"},
     {"loader", "engine", "block_size", "checks", "recipe", "hub", "folding"},
     {"run", "callbacks", "round_scores", "subjects"},
     {"trainer"},

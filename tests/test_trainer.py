@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from fslora_hf.callbacks import RoundCallback
 from fslora_hf.config import FederatedSketchConfig
@@ -89,6 +90,46 @@ def test_trls_metrics_are_logged(tmp_path):
         assert entry["learning_rate"] == 0.0 and entry["grad_norm"] > 0
     (record,) = ledger(tmp_path)
     assert record["losses"] == pytest.approx([entry["loss"] for entry in logs], rel=1e-5)
+
+
+TOKEN_METRICS = {"entropy", "mean_token_accuracy", "num_tokens"}
+
+
+@pytest.mark.parametrize("eval_rounds", [0, 1])
+def test_a_run_shorter_than_logging_steps_tells_trls_metrics_at_its_end(tmp_path, eval_rounds):
+    """As SFTTrainer's last log does, of the steps since the last one; evaluations name the tokens trained so far."""
+    rows = tiny.tokenised(seed=5).select(range(6))
+    trainer = make(tmp_path / "a", learning_rate=0.0, client_ranks=[6] * 5, eval_rows=rows, eval_rounds=eval_rounds)
+    model = tiny_global(trainer)
+    trainer.train()
+    planned = [
+        [row for client in trainer.round_plan(t).clients for row in client.example_ids.reshape(-1).tolist()]
+        for t in range(2)
+    ]
+    _, entropy, accuracy, tokens = scored(model, planned[0] + planned[1], trainer.train_dataset)
+    evaluated = [entry["eval_num_tokens"] for entry in trainer.state.log_history if "eval_num_tokens" in entry]
+    assert evaluated == ([scored(model, planned[0], trainer.train_dataset)[3], tokens] if eval_rounds else [])
+    last = trainer.state.log_history[-1]
+    assert last["num_tokens"] == tokens and "train_runtime" in last
+    assert last["entropy"] == pytest.approx(entropy, rel=1e-9)
+    assert last["mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-9)
+    # A call after the run counts no token twice.
+    assert trainer.evaluate(rows)["eval_loss"] and trainer.state.log_history[-1]["eval_num_tokens"] == tokens
+
+
+def test_sfttrainers_last_log_has_the_same_metrics(tmp_path):
+    trainer = SFTTrainer(
+        model=tiny.base_model(),
+        args=SFTConfig(output_dir=str(tmp_path / "sft"), **QUIET, max_steps=3, save_strategy="no"),
+        train_dataset=tiny.tokenised().remove_columns("client_id"),
+        processing_class=tiny.tokenizer(),
+        peft_config=tiny.lora_config(),
+    )
+    trainer.train()
+    mine = make(tmp_path / "mine", logging_steps=STEPS)  # the last step was logged, and nothing is left to tell
+    mine.train()
+    assert TOKEN_METRICS <= trainer.state.log_history[-1].keys()
+    assert not TOKEN_METRICS & mine.state.log_history[-1].keys()
 
 
 def tiny_global(trainer):
