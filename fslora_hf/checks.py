@@ -1,21 +1,16 @@
 """What is checked before a model is loaded, and what can be checked only on the model. Problems are told together."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft import PeftConfig
 
-from .adapter import global_pair, lora_layers
+from .adapter_checks import check_adapter
 from .clients import read_column
 from .config import FederatedSketchConfig
 from .data.commonsense import COLUMNS as OPTION_COLUMNS
-from .evaluation.results import quantization_of
 from .methods import method_class
 
 
@@ -26,22 +21,10 @@ def raise_together(problems: Iterable[str]) -> None:
         raise ValueError("\n".join(["The run cannot start:", *(f"- {problem}" for problem in problems)]))
 
 
-@contextmanager
-def unmatched_targets_told() -> Iterator[None]:
-    """PEFT's error about target modules that match nothing, in the form of the others."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith("Target modules"):
-            raise
-        raise ValueError(
-            f"Expected target_modules to match layers of the model, found none ({error}): name modules of this model."
-        ) from error
-
-
 def check_trainer_arguments(
     args: Any,
     train_dataset: Any,
+    model: Any,
     lora: PeftConfig | None,
     eval_dataset: Any,
     unsupported: dict[str, Any],
@@ -55,7 +38,7 @@ def check_trainer_arguments(
     for name, value in unsupported.items():
         if value is not None and value != (None, None):
             yield f"Expected no {name}, found one: the trainer makes its own, one for every client; leave it out."
-    yield from _check_lora(lora)
+    yield from check_adapter(model, lora)
     yield from _check_dataset(args, train_dataset)
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in held_out.items():
@@ -147,112 +130,6 @@ def check_prepared_rows(
         )
 
 
-def check_fold(method: str, quantized: bool) -> Iterator[str]:
-    """Problems of a base model that the method is to change."""
-    if quantized and method_class(method).folds:
-        yield (
-            f"Expected an unquantized base with method={method}, which folds what is learned into its weights, found "
-            "a quantized one: load it without quantization, or use method=flora_residual."
-        )
-
-
-def _check_folded_layers(model: PeftModel, layers: dict[str, LoraLayer]) -> Iterator[str]:
-    """Weights that are also used elsewhere, where nothing is to change."""
-    base = model.get_base_model()
-    names: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for name, layer in layers.items():
-        used = names[id(layer.get_base_layer().weight)]
-        if len(used) > 1:
-            yield (
-                f"Expected a weight of its own in {name}, which shall be changed, found it shared by "
-                f"{' and '.join(used)}: leave it out of target_modules, or use method=flora_residual."
-            )
-
-
-def check_layers(model: PeftModel, aux_loss: bool, method: str) -> Iterator[str]:
-    """Problems of the layers that the adapter's target modules matched."""
-    yield from check_fold(method, quantization_of(model.get_base_model()) is not None)
-    if aux_loss:
-        yield (
-            "Expected a loss that keeps clients apart, found a router loss over the whole batch: set "
-            "router_aux_loss_coef to 0.0."
-        )
-    layers = lora_layers(model)
-    if not layers:
-        yield "Expected target_modules to match linear layers, found none: name modules of this model."
-    elif method_class(method).folds:
-        yield from _check_folded_layers(model, layers)
-    targets = model.peft_config["default"].target_modules
-    for target in [] if isinstance(targets, str) else sorted(targets):
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
-            yield f"Expected every name in target_modules to match a layer, found none for {target!r}: correct it."
-    devices = sorted({str(tensor.device) for tensors in global_pair(model) for tensor in tensors.values()})
-    if len(devices) > 1:
-        yield (
-            f"Expected the whole model on one device, found it on {', '.join(devices)}: start with accelerate launch, "
-            "or set model_init_kwargs to {'device_map': {'': 0}}."
-        )
-    output = model.get_output_embeddings()
-    ours = {id(part["default"].weight) for layer in layers.values() for part in (layer.lora_A, layer.lora_B)}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
-    if others:
-        yield (
-            f"Expected the linear layers' adapter default to be all that is trainable, found {', '.join(others[:3])} "
-            f"({len(others)} tensors): freeze the rest, activate default, and leave it out of target_modules."
-        )
-    for name, layer in layers.items():
-        pair = layer.lora_A["default"], layer.lora_B["default"]
-        if not all(type(part) is nn.Linear for part in pair):
-            kind = type(layer.get_base_layer()).__name__
-            yield f"Expected linear target modules, found {name}, a {kind}: leave it out."
-        if layer is output:
-            yield "Expected target_modules without the LM head, found it among them: leave it out."
-        if layer.lora_variant:
-            kind = type(layer.lora_variant["default"]).__name__
-            yield f"Expected plain LoRA in {name}, found the variant {kind}: leave it out."
-
-
-def _check_lora(lora: PeftConfig | None) -> Iterator[str]:
-    if not isinstance(lora, LoraConfig):
-        found = "none" if lora is None else f"a {type(lora).__name__}"
-        yield f"Expected a peft.LoraConfig as peft_config (or a model with a LoRA adapter), found {found}: pass one."
-        return
-    if lora.r < 1:
-        yield f"Expected a global rank r of at least 1, found {lora.r}: raise it."
-    if lora.bias != "none":
-        yield f"Expected bias='none', found {lora.bias!r}: biases of different clients cannot share a base model."
-    if lora.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
-        yield (
-            f"Expected init_lora_weights to be True, False, 'gaussian' or 'orthogonal', found "
-            f"{lora.init_lora_weights!r}: it changes the base model, which no checkpoint holds; use one of these."
-        )
-    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else list(lora.target_modules or [])
-    if any(target == "lm_head" or target.endswith(".lm_head") for target in targets):
-        yield "Expected target_modules without lm_head, found it: the loss reads the head's own weights; leave it out."
-    for field in fields(lora):
-        value = getattr(lora, field.name)
-        refused = field.metadata.get("is_lora_variant") or field.name in _REFUSED_LORA_FIELDS
-        if refused and value:
-            yield (
-                f"Expected plain LoRA, found {field.name}={value!r} in the peft_config: stacked client adapters do "
-                "not have it; leave it out."
-            )
-
-
-_REFUSED_LORA_FIELDS = (
-    "rank_pattern",
-    "modules_to_save",
-    "lora_bias",
-    "trainable_token_indices",
-    "layer_replication",
-    "target_parameters",
-    "use_dora",
-    "megatron_config",
-)
-
-
 def _check_dataset(args: FederatedSketchConfig, dataset: Any) -> Iterator[str]:
     yield from _check_rows("train_dataset", dataset)
     if not isinstance(dataset, Dataset):
@@ -276,11 +153,19 @@ def _check_dataset(args: FederatedSketchConfig, dataset: Any) -> Iterator[str]:
 
 
 def _check_rows(name: str, dataset: Any) -> Iterator[str]:
-    if not isinstance(dataset, Dataset):
+    if dataset is None:
+        yield f"Expected {name} to be a datasets.Dataset, found none: pass one."
+    elif isinstance(dataset, dict):
+        kind, splits = type(dataset).__name__, list(map(repr, dataset))
+        remedy = f"pass one of them, as in {name}=data[{splits[0]}]" if splits else "pass a data set"
         yield (
-            f"Expected {name} to be a datasets.Dataset, found {type(dataset).__name__}: rows are read by number; load "
-            "it without streaming."
+            f"Expected {name} to be one datasets.Dataset, found a {kind} of the splits "
+            f"{', '.join(splits[:5]) or 'none'}: {remedy}."
         )
+    elif not isinstance(dataset, Dataset):
+        kind = type(dataset).__name__
+        remedy = "load it without streaming" if "Iterable" in kind else "make one with Dataset.from_list"
+        yield f"Expected {name} to be a datasets.Dataset, whose rows are read by number, found a {kind}: {remedy}."
     elif {"image", "images"} & set(dataset.column_names):
         yield f"Expected text data in {name}, found an image column: vision data is not supported; remove it."
 

@@ -27,19 +27,17 @@ from trl.trainer.utils import global_then_local_main_first
 
 from . import host_memory, run
 from .adapter import PEFT_PREFIX, ClientStack, global_pair, save_client_adapter, widen_adapter
+from .adapter_checks import check_fold, check_layers
 from .block_size import fit_block
 from .callbacks import RoundCallback, RoundProgressCallback
 from .checkpoint import FEEDBACK_NAME, SERVER_NAME, read_state, rotate, whole_folder
 from .checks import (
     check_clients,
     check_columns,
-    check_fold,
-    check_layers,
     check_prepared_rows,
     check_round_callbacks,
     check_trainer_arguments,
     raise_together,
-    unmatched_targets_told,
 )
 from .clients import ClientIndex
 from .compression import TopK
@@ -66,6 +64,7 @@ from .schedule import round_schedule
 from .server import ServerState
 from .settings import mask_tokens
 from .storage.locks import held
+from .targets import unmatched_targets_told
 from .token_metrics import TokenMetrics
 from .updates import check_finite
 
@@ -136,7 +135,7 @@ class FederatedSketchTrainer(SFTTrainer):
         }
         callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
         own = sum(isinstance(callback, RoundCallback) for callback in callbacks)
-        problems = check_trainer_arguments(args, train_dataset, lora, eval_dataset, unsupported)
+        problems = check_trainer_arguments(args, train_dataset, model, lora, eval_dataset, unsupported)
         raise_together([*check_round_callbacks(own or 1), *problems])
         raise_together(check_columns(args, train_dataset, formatting_func))
         raise_together(check_fold(args.method, quantization_config is not None))
@@ -155,7 +154,7 @@ class FederatedSketchTrainer(SFTTrainer):
             if isinstance(model, PeftModel)
             else []
         )
-        with unmatched_targets_told():
+        with unmatched_targets_told(model):
             super().__init__(
                 model=model,
                 args=args,
@@ -167,7 +166,7 @@ class FederatedSketchTrainer(SFTTrainer):
                 callbacks=callbacks,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 quantization_config=quantization_config,
-                peft_config=peft_config,
+                peft_config=copy.deepcopy(peft_config),  # into which PEFT writes the targets that it makes of names
                 formatting_func=formatting_func,
             )
         raise_together([*check_layers(self.model, self.aux_loss_enabled, args.method), *check_as_stored(self.model)])

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from fslora_hf.config import FederatedSketchConfig
 from fslora_hf.trainer import FederatedSketchTrainer
@@ -115,8 +115,16 @@ COLUMNS = {
     "lists": (with_ids(lambda i, row: [row["client_id"]]), r"integers in column 'client_id', found .*[Ll]ist"),
     "nulls": (with_ids(lambda i, row: None if i == 3 else 1), "id in every row of column 'client_id', found .*null"),
     "no rows": (lambda rows: rows.select([]), "id in every row of column 'client_id', found no rows"),
-    "streaming": (lambda rows: rows.to_iterable_dataset(), "a datasets.Dataset, found IterableDataset: .*streaming"),
-    "a dict of data sets": (lambda rows: DatasetDict(train=rows), "a datasets.Dataset, found DatasetDict"),
+    "streaming": (
+        lambda rows: rows.to_iterable_dataset(),
+        "a datasets.Dataset, .*found a IterableDataset: load it without streaming",
+    ),
+    "a dict of data sets": (
+        lambda rows: DatasetDict(train=rows, test=rows),
+        r"one datasets.Dataset, found a DatasetDict of the splits 'train', 'test': .*train_dataset=data\['train'\]",
+    ),
+    "an empty dict": (lambda rows: {}, "one datasets.Dataset, found a dict of the splits none: pass a data set"),
+    "a list": (lambda rows: list(rows), "found a list: make one with Dataset.from_list"),
     "images": (
         lambda rows: rows.add_column("image", [0] * len(rows)),
         "text data in .*, found an image",
@@ -140,7 +148,7 @@ def test_data_sets_and_their_client_column(output_dir, case):
 
 
 def test_no_data_set(output_dir):
-    refused("Expected train_dataset to be a datasets.Dataset, found NoneType", output_dir, train_dataset=None)
+    refused("Expected train_dataset to be a datasets.Dataset, found none: pass one.", output_dir, train_dataset=None)
 
 
 def answer_of(length: int, client: int) -> dict:
@@ -183,6 +191,18 @@ def test_a_client_without_a_scored_token_after_the_shift(output_dir, labels):
 
 LORAS = {
     "not LoRA": (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "peft.LoraConfig .*found a IA3Config"),
+    "AdaLoRA": (
+        AdaLoraConfig(target_modules=["k_proj"], total_step=10),
+        "peft.LoraConfig .*found a AdaLoraConfig: clients train plain LoRA; use that",
+    ),
+    "prompts": (
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        "found a PromptTuningConfig: clients",
+    ),
+    "target_parameters": (
+        lora(target_parameters=["experts.down_proj"]),
+        r"target_modules of linear layers, found target_parameters=\['experts.down_proj'\], .*without expert",
+    ),
     "rank 0": (lora(), "a global rank r of at least 1, found 0: raise it"),
     "bias": (lora(bias="all"), "bias='none', found 'all': "),
     "rank_pattern": (lora(rank_pattern={"q_proj": 2}), "plain LoRA, found rank_pattern={'q_proj': 2} .*leave it out"),
@@ -207,8 +227,23 @@ def test_adapters(output_dir, case):
 
 def test_no_adapter(output_dir):
     refused("Expected a peft.LoraConfig as peft_config .*found none: pass one", output_dir, peft_config=None)
+
+
+def test_an_adapter_that_is_not_called_default(output_dir, tmp_path):
+    """Both remedies work, in which SFTTrainer trains the adapter, too; and a description beside it changes nothing."""
     other = get_peft_model(tiny.base_model(), tiny.lora_config(), adapter_name="mine")
-    refused("Expected a peft.LoraConfig as peft_config .*found none", output_dir, model=other, peft_config=None)
+    message = "Expected the model's adapter to be called default, found mine: leave adapter_name out of get_peft_model"
+    refused(message, output_dir, model=other, peft_config=None)
+    refused(message, output_dir, model=other)
+    other.save_pretrained(tmp_path / "saved")
+    mended = [
+        get_peft_model(tiny.base_model(), tiny.lora_config()),
+        PeftModel.from_pretrained(tiny.base_model(), tmp_path / "saved" / "mine", is_trainable=True),
+    ]
+    args = SFTConfig(output_dir=str(output_dir), **QUIET)
+    for model in mended:
+        SFTTrainer(model, args, train_dataset=tiny.tokenised(), processing_class=tiny.tokenizer())
+        make(output_dir, model=model, peft_config=None)
 
 
 def test_target_modules_that_match_nothing(output_dir):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fslora_hf.adapter import ClientStack, global_pair, save_client_adapter
+from fslora_hf.adapter_checks import check_layers
 from fslora_hf.checkpoint import CheckpointError
-from fslora_hf.checks import check_layers
 from fslora_hf.folding import FOLDED_NAME, FoldedBase, folded_base, load_folded_base
 from fslora_hf.methods import METHODS, ClientAdapter, ClientUpdate, beside
 from fslora_hf.server import ServerState
