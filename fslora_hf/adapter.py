@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .methods import ClientAdapter
+from .storage.files import whole_files
 
 PEFT_PREFIX = "base_model.model."
 
@@ -259,6 +260,6 @@ def save_client_adapter(path: str | Path, adapter: ClientAdapter, config: LoraCo
     exported.alpha_pattern = {pattern: alpha * factor for pattern, alpha in config.alpha_pattern.items()}
     tensors = {f"{PEFT_PREFIX}{name}.lora_A.weight": tensor.contiguous() for name, tensor in adapter.A.items()}
     tensors |= {f"{PEFT_PREFIX}{name}.lora_B.weight": tensor.contiguous() for name, tensor in adapter.B.items()}
-    Path(path).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(path) / "adapter_model.safetensors", metadata={"format": "pt"})
-    exported.save_pretrained(str(path))
+    with whole_files(path) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        exported.save_pretrained(str(folder))

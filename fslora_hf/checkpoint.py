@@ -4,7 +4,6 @@ A checkpoint is written under a name that nothing reads and renamed when it is w
 comes next, which run it belongs to, and the checksum of every other file.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -16,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from .storage.disk_errors import RESUME, told
+from .storage.files import sync_path, sync_tree
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +38,23 @@ def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[P
     if it holds the same round of the same run, and otherwise moved aside.
     """
     partial = target.with_name(f".{target.name}.partial")
+    replaced = None
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        write_state(partial, round, run)
-        sync_tree(partial)
-        replaced = _clear_target(target, round, run)
-        os.replace(partial, target)
-        if replaced is not None:
-            shutil.rmtree(replaced)
-        sync_path(target.parent)
-    except (OSError, SafetensorError) as error:  # the writer of safetensors has an error of its own
+        with told(f"the checkpoint {target}", f"{RESUME}; earlier checkpoints are whole"):
+            partial.mkdir(parents=True)
+            yield partial
+            write_state(partial, round, run)
+            sync_tree(partial)
+            replaced = _clear_target(target, round, run)
+            os.replace(partial, target)
+            sync_path(target.parent)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        number, what = getattr(error, "errno", None), getattr(error, "strerror", None) or error
-        raise OSError(
-            number or errno.EIO,
-            f"Expected to write the checkpoint {target}, found '{what}': earlier checkpoints are "
-            "whole; make room or mend the disk and resume with resume_from_checkpoint=True",
-        ) from error
+        if replaced is not None and not target.exists():
+            os.replace(replaced, target)
+        elif replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_state(folder: Path, round: int, run: Mapping[str, Any], names: Collection[str] | None = None) -> None:
@@ -190,18 +188,3 @@ def checksums(folder: Path, names: Collection[str] | None = None) -> dict[str, s
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_tree(folder: Path) -> None:
-    """Have a folder and all below it on disk before this returns."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on disk before this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

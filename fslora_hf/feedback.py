@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load, save
 
 from .checkpoint import FEEDBACK_NAME, CheckpointError
+from .storage.disk_errors import RESUME, told
+from .storage.files import make_folder, whole_file
 
 INDEX_NAME = "error_feedback.json"
 
@@ -86,11 +88,10 @@ class ErrorFeedback:
     def keep(self, client_id: int, round: int, waiting: Waiting) -> None:
         """Write what a client has left out after its part in `round`."""
         content = save({name: tensor.contiguous() for name, tensor in waiting.tensors.items()})
-        folder = self.folder / str(client_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".partial"
-        temporary.write_bytes(content)
-        os.replace(temporary, folder / f"{round:08d}-{_digest(content)}.safetensors")
+        folder = make_folder(self.folder / str(client_id), RESUME)
+        # Not synced: whoever reads it looks at its checksum, and a checkpoint that takes it syncs it.
+        with whole_file(folder / f"{round:08d}-{_digest(content)}.safetensors", RESUME, sync=False) as file:
+            file.write(content)
         self._written.append(client_id)
 
     def close_round(self, round: int) -> None:
@@ -117,14 +118,13 @@ class ErrorFeedback:
 
     def restore(self, checkpoint: Path | None = None) -> None:
         """Begin with what a checkpoint holds, or with nothing."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
         self._written = []
-        if checkpoint is None:
-            return
-        for path in _indexed(checkpoint):
-            (self.folder / path.parent.name).mkdir()
-            _link(path, self.folder / path.parent.name / path.name)
+        with told(self.folder, RESUME):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            for path in () if checkpoint is None else _indexed(checkpoint):
+                (self.folder / path.parent.name).mkdir()
+                _link(path, self.folder / path.parent.name / path.name)
 
 
 def check_waiting(checkpoint: Path) -> None:

@@ -17,6 +17,7 @@ from .partition import partition
 from .processes import rank
 from .recipe import ModelArguments, RecipeArguments
 from .report import ledger_table, plot_ledger, read_ledger
+from .storage.disk_errors import WriteError
 from .storage.locks import FolderInUse, held
 from .trainer import FederatedSketchTrainer
 
@@ -104,7 +105,7 @@ def claimed(output_dir: str) -> Iterator[None]:
     try:
         with held(output_dir):
             yield
-    except FolderInUse as error:
+    except (FolderInUse, WriteError) as error:
         sys.exit(str(error) if rank() == 0 else 1)
 
 

@@ -8,6 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .storage.disk_errors import RESUME, told
+from .storage.files import append_line, whole_file
+
 LEDGER_NAME = "rounds.jsonl"
 _HEAD = re.compile(rb'\{"round": (\d+)[,}]')  # of a line as `append_round` writes an engine's record
 
@@ -39,11 +42,12 @@ def _parse(line: str) -> Any:
 
 
 def append_round(path: str | Path, record: dict[str, Any]) -> None:
-    """Add one round, on disk before this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one round, on disk before this returns; an error leaves the ledger as it was.
+
+    Raises:
+        WriteError: the disk failed or is full.
+    """
+    append_line(path, json.dumps(record, allow_nan=False), RESUME)
 
 
 def keep_rounds(path: str | Path, rounds: int, source: str | Path | None = None) -> int:
@@ -87,19 +91,16 @@ def _ends(path: Path) -> dict[int, int] | None:
 def _cut(path: str | Path, size: int) -> None:
     """Leave a file's first `size` bytes; one that has no more is not touched."""
     if size < os.path.getsize(path):
-        with open(path, "r+b") as file:
+        with told(path), open(path, "r+b") as file:
             file.truncate(size)
             os.fsync(file.fileno())
 
 
 def _replace(path: str | Path, lines: Iterable[bytes]) -> int:
     """Make a file of these lines, in one step; returns how many they are."""
-    temporary, count = Path(f"{path}.partial"), 0
-    with open(temporary, "wb") as file:
+    count = 0
+    with whole_file(path) as file:
         for line in lines:
             file.write(line)
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return count

@@ -13,6 +13,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from .ledger import read_records
+from .storage.files import whole_file
 
 PER_CLIENT = ("clients", "ranks", "weights", "losses", "update_norms")
 PER_ROUND = ("round", "refused", "bytes_down", "bytes_up", "bytes_full_rank", "seconds")
@@ -126,7 +127,9 @@ def plot_ledger(
     """
     if not rows:
         raise ValueError("Expected at least one round to draw, found none: let the run finish a round first.")
-    draw_ledger(rows, evaluation or {}, title).savefig(path, format="png")
+    figure = draw_ledger(rows, evaluation or {}, title)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def draw_ledger(rows: Sequence[dict], evaluation: Mapping[int, float], title: str) -> Figure:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from .hub.outbox import OUTBOX_NAME
 from .ledger import LEDGER_NAME, keep_rounds
 from .methods import method_class
 from .rows import digest_rows
+from .storage.files import make_folder, write_text
 
 if TYPE_CHECKING:
     from .trainer import FederatedSketchTrainer
@@ -171,11 +171,9 @@ def _warn_of_other_length(trainer: "FederatedSketchTrainer", folder: Path) -> No
 
 
 def _begin(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     remove_partial(output_dir)
-    temporary = output_dir / f"{IDENTITY_NAME}.partial"
-    temporary.write_text(json.dumps(identity(trainer), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, output_dir / IDENTITY_NAME)
+    write_text(output_dir / IDENTITY_NAME, json.dumps(identity(trainer), indent=1) + "\n")
 
 
 def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:

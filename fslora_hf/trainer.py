@@ -63,6 +63,8 @@ from .rows import column_to_numpy, drop_unscored, fit_rows
 from .schedule import round_schedule
 from .server import ServerState
 from .settings import mask_tokens
+from .storage.disk_errors import RESUME, told
+from .storage.files import whole_files
 from .storage.locks import held
 from .targets import unmatched_targets_told
 from .token_metrics import TokenMetrics
@@ -581,7 +583,8 @@ class FederatedSketchTrainer(SFTTrainer):
         if self.state.global_step != step and (step == 0 or target.exists()):
             return
         self.store_flos()
-        self.create_model_card(model_name=Path(self.args.output_dir).name)
+        with told(Path(self.args.output_dir) / "README.md", RESUME):
+            self.create_model_card(model_name=Path(self.args.output_dir).name)
         self._publish()  # before the checkpoint: a run that is killed in between does the round again, and pushes it
         if self.args.should_save:
             with whole_folder(target, self.rounds_done, run.identity(self)) as folder:
@@ -591,6 +594,12 @@ class FederatedSketchTrainer(SFTTrainer):
                 if self._feedback is not None:
                     self._feedback.link_into(folder, self.rounds_done)
             rotate(self.args.output_dir, self.args.save_total_limit)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.args.should_save:
+            return super().save_model(output_dir, _internal_call)
+        with whole_files(output_dir or self.args.output_dir, RESUME, updates=("README.md",)) as folder:
+            super().save_model(str(folder), _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         # The plain adapter and the tokenizer; the Trainer's pickled arguments become JSON.

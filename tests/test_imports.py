@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fslora_hf"
 ROWS = [
     {"common", "processes"},
-    {"draws", "settings", "ledger", "host_memory", "quantized", "storage"},
+    {"draws", "settings", "host_memory", "quantized", "storage"},
+    {"ledger"},
     {"clients", "sketch", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation", "feedback"},
     {"refusals"},

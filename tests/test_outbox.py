@@ -88,9 +88,9 @@ def test_an_error_while_filling_leaves_nothing(tmp_path, error):
         outbox.add(1, fill)
     assert names(tmp_path) == []
     if isinstance(error, OSError):
-        assert str(raised.value).endswith(
-            f"Expected to keep round 1 in {tmp_path}, found 'No space left on device': the round will not be pushed; "
-            "make room or mend the disk"
+        assert str(raised.value) == (
+            f"Expected to write round 1 for pushing into {tmp_path}, found 'No space left on device': make room, and "
+            "later rounds are pushed; this one is not."
         )
         assert raised.value.errno == errno.ENOSPC
 
@@ -234,7 +234,7 @@ def test_room_is_left_for_checkpoints(tmp_path, monkeypatch):
     size = sum(path.stat().st_size for path in outbox.add(1, tree()).tree.rglob("*") if path.is_file())
     free = shutil.disk_usage(tmp_path)._replace(free=4 * size - 1)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(OSError, match="^.*Expected to keep round 2 in .*, found 'less room on the disk") as caught:
+    with pytest.raises(OSError, match="^Expected to write round 2 .*, found 'less room on the disk") as caught:
         outbox.add(2, tree())
     assert caught.value.errno == errno.ENOSPC and names(tmp_path) == ["round-0001"]
 

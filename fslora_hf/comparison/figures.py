@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..report import ACCENT, DARK, GREY, RANK_COLOURS, dress
+from ..storage.files import whole_file
 
 LINES = 8  # a panel has at most so many
 # Told apart by eyes that see few colours, too, and by their markers in print.
@@ -35,9 +36,11 @@ def draw_all(summary: Summary, folder: str | Path) -> list[tuple[str, str]]:
     for name, caption, draw in figures:
         figure = draw(summary)
         if figure is not None:
-            figure.savefig(Path(folder) / f"{name}.png", format="png")
+            with whole_file(Path(folder) / f"{name}.png") as file:
+                figure.savefig(file, format="png")
             figure.set_layout_engine("none")  # what was laid out stays, and is not laid out again
-            figure.savefig(Path(folder) / f"{name}.svg", format="svg", metadata={"Date": None})
+            with whole_file(Path(folder) / f"{name}.svg") as file:
+                figure.savefig(file, format="svg", metadata={"Date": None})
             written.append((name, caption))
     return written
 

@@ -1,7 +1,6 @@
 """A comparison's folder: what was compared in it is written down before the first run, and never written over."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..settings import default_of
+from ..storage.files import make_folder, write_text
 from ..storage.locks import LOCK_NAME, held
 from .arguments import RECIPE_TYPES
 from .runs import Run
@@ -53,11 +53,11 @@ class Folder:
         saved, described = self._saved(), _describe(runs, splits)
         self._refuse_other(saved, described, runs)
         for part in ("runs", "logs", "recipes"):
-            (self.path / part).mkdir(parents=True, exist_ok=True)
+            make_folder(self.path / part)
         with held(self.path):
-            write(self.path / SAVED, json.dumps({"format": 1, "runs": saved | described}, indent=1) + "\n")
+            write_text(self.path / SAVED, json.dumps({"format": 1, "runs": saved | described}, indent=1) + "\n")
             for run in runs:
-                write(self.recipe(run.name), yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True))
+                write_text(self.recipe(run.name), yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True))
             yield
 
     def _saved(self) -> dict[str, Any]:
@@ -119,10 +119,3 @@ def _differing(saved: dict[str, Any], described: dict[str, Any]) -> list[str]:
         if old != new:
             texts.append(f"{name} was {old!r} and is {new!r}")
     return texts
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file in one step."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

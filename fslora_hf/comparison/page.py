@@ -10,8 +10,8 @@ from typing import Any
 
 from ..evaluation.page import policy
 from ..evaluation.tables import escape_markdown
+from ..storage.files import write_text
 from .figures import draw_all
-from .folder import write
 from .tables import budget_told, captions, grid, to_markdown, to_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -29,7 +29,7 @@ def write_report(summary: dict[str, Any], folder: str | Path) -> list[Path]:
         "index.html": to_html(summary, figures, folder),
     }
     for name, text in texts.items():
-        write(folder / name, f"{text}\n")
+        write_text(folder / name, f"{text}\n")
     drawn = [folder / f"{name}.{kind}" for name, _ in figures for kind in ("png", "svg")]
     return [*(folder / name for name in texts), *drawn]
 

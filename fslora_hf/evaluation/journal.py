@@ -5,7 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..storage.disk_errors import told
+from ..storage.files import make_folder
 from .outcomes import Outcome
+
+GO_ON = "start again: finished questions are kept"
 
 
 class Journal:
@@ -47,9 +51,9 @@ class Journal:
 
     def open(self, attempt: int, process: int) -> None:
         """Begin this process's file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f".{self.name}.{attempt}-{process}.partial.jsonl"
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+        path = make_folder(self.folder) / f".{self.name}.{attempt}-{process}.partial.jsonl"
+        with told(path):
+            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
         self._write([self.identity])
 
     def append(self, rows: Sequence[int], outcomes: Sequence[Outcome]) -> None:
@@ -58,7 +62,8 @@ class Journal:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with told(self._file.name, GO_ON):  # an error leaves what could not be written, to be written now
+                self._file.close()
 
     def remove(self) -> None:
         """Remove every file of this evaluation, once its results stand."""
@@ -69,8 +74,9 @@ class Journal:
         return sorted(self.folder.glob(f".{self.name}.*-*.partial.jsonl"))
 
     def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        self._file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        self._file.flush()
+        with told(self._file.name, GO_ON):
+            self._file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+            self._file.flush()
 
 
 def _whole_records(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..report import ACCENT, DARK, GREY
+from ..storage.files import whole_file
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> str:
@@ -59,7 +60,8 @@ def plot_accuracy(results: Sequence[dict[str, Any]], folder: str | Path) -> Path
     figure.supxlabel("rounds finished", fontsize=9, color=DARK)
     figure.suptitle(f"Accuracy by round, {points[0]['protocol']}", x=0.01, ha="left", fontsize=12, color=DARK)
     path = Path(folder) / f"accuracy_by_round.{points[0]['protocol']}.png"
-    figure.savefig(path, format="png")
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
     return path
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import unused_name
 from ..data.prompts import prompt_hash
+from ..storage.files import make_folder, write_text
 from .outcomes import Scores, rows_hash
 
 FORMAT = 1
@@ -114,13 +115,12 @@ def make_results(
 
 def write_results(folder: str | Path, name: str, results: Mapping[str, Any], scores: Scores) -> Path:
     """Write both files, each in one step, the outcomes first; returns the path of the result file."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     lines = (json.dumps(outcome.to_record(), allow_nan=False) + "\n" for outcome in scores.outcomes)
-    _replace(folder / f"{name}{OUTCOMES}", "".join(lines))
+    write_text(folder / f"{name}{OUTCOMES}", "".join(lines))
     content = {**results, "outcomes": f"{name}{OUTCOMES}"}
     path = folder / f"{name}{RESULTS}"
-    _replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -214,9 +214,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a checkout that is not installed
             found[package] = "not installed"
     return found
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -11,6 +11,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from ..storage.disk_errors import WriteError
+
 LENGTH = 200  # characters of the Hub's own words that a sentence repeats
 _TOKEN = re.compile(r"hf_\w{6,}")
 _QUOTA = re.compile(r"\b(quota|storage|limit|payment|exceed\w*|too large)\b", re.IGNORECASE)
@@ -78,6 +80,8 @@ def translate(error: Exception, repo_id: str, token: str | None = None) -> HubEr
             "network",
             again=not isinstance(error, OfflineModeIsEnabled),
         )
+    if isinstance(error, WriteError):
+        return HubError(str(error), "local")
     if isinstance(error, OSError):
         return HubError(
             f"Expected to read and write the outbox of {repo_id}, found '{said}': mend the disk, then run "

@@ -1,5 +1,6 @@
 """A round of a run from its Hub repository, to resume from: safetensors and JSON only, checked before use."""
 
+import errno
 import json
 import os
 import re
@@ -8,9 +9,11 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, hf_hub_download
 
-from ..checkpoint import SERVER_NAME, STATE_NAME, CheckpointError, read_state, sync_path, sync_tree
+from ..checkpoint import SERVER_NAME, STATE_NAME, CheckpointError, read_state
 from ..evaluation.results import IN_LOOP, OUTCOMES, RESULTS
 from ..ledger import LEDGER_NAME, read_records
+from ..storage.disk_errors import START_AGAIN, WriteError, is_full, told
+from ..storage.files import sync_path, sync_tree
 from .errors import HubError, check_token, scrub
 
 RESULTS_FOLDER = "results/"  # in the repository of a run
@@ -66,6 +69,8 @@ def fetch_round(repository: str, revision: str | None, folder: Path, token: str 
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         found, remedy = f"damage ({scrub(_first_line(error), token)})", "name another round"
     except Exception as error:  # the client's errors have no common type
+        if is_full(error):
+            raise WriteError.of(errno.ENOSPC, named, os.strerror(errno.ENOSPC), START_AGAIN) from None
         found = f"'{scrub(_first_line(error), token)}'"
         remedy = (
             "correct the name, log in with `hf auth login`, or name a round that was pushed with push_resume_state"
@@ -112,12 +117,13 @@ def take_in(checkpoint: Path, output_dir: Path, name: str) -> Path:
 
     From here on the run is resumed like any other.
     """
-    for path in sorted((checkpoint.parent / IN_LOOP).glob("*")):
-        (output_dir / IN_LOOP).mkdir(exist_ok=True)
-        os.replace(path, output_dir / IN_LOOP / path.name)
-    sync_tree(checkpoint)
-    os.replace(checkpoint, output_dir / name)
-    sync_path(output_dir)
+    with told(output_dir / name):
+        for path in sorted((checkpoint.parent / IN_LOOP).glob("*")):
+            (output_dir / IN_LOOP).mkdir(exist_ok=True)
+            os.replace(path, output_dir / IN_LOOP / path.name)
+        sync_tree(checkpoint)
+        os.replace(checkpoint, output_dir / name)
+        sync_path(output_dir)
     return output_dir / name
 
 

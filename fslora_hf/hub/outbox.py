@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from ..checkpoint import checksums, sync_path, sync_tree
+from ..checkpoint import checksums
+from ..storage.disk_errors import told
+from ..storage.files import make_folder, sync_path, sync_tree, write_text
 from ..storage.locks import lock_file
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Outbox:
 
     def __init__(self, folder: str | Path, tidy: bool = True):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with self._locked():
             for old in self.folder.glob(".round-*.replaced"):
                 target = self.folder / old.name[1:].removesuffix(".replaced")
@@ -108,27 +108,21 @@ class Outbox:
         Room is left on the disk for the checkpoints of a run that pushes nothing for a while.
 
         Raises:
-            OSError: the disk failed, or is full or nearly so; nothing of the snapshot is left.
+            WriteError: the disk failed, or is full or nearly so; nothing of the snapshot is left.
         """
         name = f"round-{round:04d}"
         partial = self.folder / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            (partial / _FILES).mkdir(parents=True)
-            fill(partial / _FILES)
-            made = _describe(round, name, partial)
-            _check_room(partial)
-            _write_json(partial / _RECORD, _record(made))
-            sync_tree(partial)
-            with self._locked():
-                return self._keep(made, self.folder / name)
-        except (OSError, SafetensorError) as error:  # the writer of safetensors has an error of its own
-            number, what = getattr(error, "errno", None), getattr(error, "strerror", None) or error
-            raise OSError(
-                number or errno.EIO,
-                f"Expected to keep round {round} in {self.folder}, found '{what}': the round will not be pushed; make "
-                "room or mend the disk",
-            ) from error
+            with told(f"round {round} for pushing into {self.folder}", "later rounds are pushed; this one is not"):
+                (partial / _FILES).mkdir(parents=True)
+                fill(partial / _FILES)
+                made = _describe(round, name, partial)
+                _check_room(partial)
+                _write_json(partial / _RECORD, _record(made))
+                sync_tree(partial)
+                with self._locked():
+                    return self._keep(made, self.folder / name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -209,7 +203,9 @@ class Outbox:
     def _locked(self) -> Iterator[None]:
         """Nobody else changes which snapshots there are, and what they say: not this process's other threads, nor
         recipes/push.py beside a run."""
-        with _THREADS, open(self.folder / ".lock", "w") as file:
+        with _THREADS, told(self.folder / ".lock"):
+            file = open(self.folder / ".lock", "w")  # noqa: SIM115  (closed by the next line)
+        with _THREADS, file:
             lock_file(file.fileno(), wait=True)  # where there are no locks, recipes/push.py is for after the run
             yield
 
@@ -226,8 +222,12 @@ class Outbox:
             old = target.with_name(f".{target.name}.replaced")
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
-            os.replace(made.folder, target)
-            shutil.rmtree(old)
+            try:
+                os.replace(made.folder, target)
+            except OSError:
+                os.replace(old, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # what is left goes when the outbox is next opened
         sync_path(self.folder)
         return _read(target)
 
@@ -281,10 +281,4 @@ def _read(folder: Path) -> Snapshot:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     """Replace a file in one step, on disk before this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_path(path.parent)
+    write_text(path, json.dumps(values, indent=1) + "\n", "run recipes/push.py when the run is over")

@@ -31,6 +31,7 @@ from typing import Any
 
 from ..common.foreign_text import foreign_text
 from ..processes import agree
+from .disk_errors import WriteError, is_full
 
 try:
     import fcntl
@@ -76,7 +77,7 @@ def held(folder: str | Path) -> Iterator[None]:
 
     Raises:
         FolderInUse: another launch is at work there; nothing in the folder was changed.
-        OSError: there can be no such folder, or nothing can be written to it.
+        WriteError: there can be no such folder, or nothing can be written to it.
     """
     agree(lambda: _take(Path(folder)))
     try:
@@ -108,7 +109,7 @@ class _Lock:
         self.given_back.set()
         self._pulse.join()
         with suppress(OSError):
-            if _is_at(self.path, self.descriptor):
+            if is_at(self.path, self.descriptor):
                 os.ftruncate(self.descriptor, 0)
                 os.unlink(self.path)  # while it is locked: who has opened it meanwhile sees that it is no longer there
         os.close(self.descriptor)
@@ -145,10 +146,10 @@ def _take(folder: Path) -> None:
     except (OSError, ValueError) as error:  # the latter for names that no file can have
         _remove_empty(made)
         number, what = getattr(error, "errno", None), getattr(error, "strerror", None) or error
-        raise OSError(
+        raise WriteError(
             number or errno.EINVAL,
             f"Expected output_dir to be a folder that can be written to, found '{what}' at {foreign_text(folder)}: "
-            "name another, or mend its permissions",
+            f"{'make room there, or name another' if is_full(error) else 'name another, or mend its permissions'}.",
         ) from error
 
 
@@ -179,7 +180,7 @@ def _acquire(folder: Path) -> int:
                 raise _in_use(folder, note)
             if note and _lives(path, locked, note):
                 raise _in_use(folder, note)
-            if _is_at(path, descriptor):  # else its holder has given it back just now
+            if is_at(path, descriptor):  # else its holder has given it back just now
                 if note:
                     logger.warning("Taking %s over from %s, which is gone.", foreign_text(folder), _told(note))
                 _write(folder, descriptor, locked)
@@ -253,7 +254,7 @@ def _told(note: dict[str, Any]) -> str:
     return f"process {number} on {host}, there since {since}"
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
+def is_at(path: Path, descriptor: int) -> bool:
     """Whether an open file is the one that a path leads to."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
