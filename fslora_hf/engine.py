@@ -91,11 +91,11 @@ class RoundEngine:
         losses = (self._losses / self.layout.local_steps).tolist()
         for slot, (client, loss) in enumerate(zip(self._block, losses, strict=True)):
             update = self._update(client, *self.stack.change(slot), self.stack.received(slot))
-            self._fold(client, loss, update.norm().item(), update)
+            self._fold(client, loss, update)
         self.abandon()
 
-    def _fold(self, client: ClientPlan, loss: float, norm: float, update: ClientUpdate) -> None:
-        """Add a client's update, of this norm when it was whole, to the accumulator, or note why it is refused."""
+    def _fold(self, client: ClientPlan, loss: float, update: ClientUpdate) -> None:
+        """Add a client's update to the accumulator, or note why it is refused; and the norm of what came of it."""
         weight, reason = 0.0, None
         try:
             for transform in self._transforms:
@@ -105,7 +105,7 @@ class RoundEngine:
             weight = check_weight(self.method, client, self.method.weigh(update))
         except RefusedUpdate as refusal:
             reason = str(refusal)
-        self._outcomes.append((client.client_id, loss, norm, weight, reason))
+        self._outcomes.append((client.client_id, loss, update.norm().item(), weight, reason))
 
     def _compress(self, client: ClientPlan, update: ClientUpdate) -> ClientUpdate:
         """What of an update reaches the server."""

@@ -12,6 +12,7 @@ from .storage.disk_errors import RESUME, told
 from .storage.files import append_line, whole_file
 
 LEDGER_NAME = "rounds.jsonl"
+_TAIL = 1 << 16  # bytes that are read at once from its end
 _HEAD = re.compile(rb'\{"round": (\d+)[,}]')  # of a line as `append_round` writes an engine's record
 
 
@@ -31,6 +32,23 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
                 "the rounds.jsonl of a run as the run wrote it."
             )
     return records
+
+
+def last_records(path: str | Path, count: int) -> list[dict[str, Any]]:
+    """The last records of a ledger in order, at most so many, without reading what is before them; none if there is no
+    ledger. What is no record is left out."""
+    if not Path(path).is_file():
+        return []
+    with open(path, "rb") as file:
+        left, tail = file.seek(0, os.SEEK_END), b""
+        while left and tail.count(b"\n") <= count:
+            step = min(left, _TAIL)
+            left -= step
+            file.seek(left)
+            tail = file.read(step) + tail
+    lines = tail.decode("utf-8", errors="replace").split("\n")
+    records = [_parse(line) for line in lines[1 if left else 0 :]]
+    return [record for record in records if isinstance(record, dict)][-count:]
 
 
 def _parse(line: str) -> Any:

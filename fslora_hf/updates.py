@@ -11,13 +11,14 @@ class RefusedUpdate(Exception):
     """An update the server will not fold; its text is the reason in the round ledger."""
 
 
-def at_most(norm: float) -> Callable[[ClientUpdate], ClientUpdate]:
-    """Refuse an update whose Frobenius norm over all modules is larger than `norm`."""
+def at_most(norm: float, source: str = "") -> Callable[[ClientUpdate], ClientUpdate]:
+    """Refuse an update whose Frobenius norm over all modules is larger than `norm`; `source` says whence that is."""
 
     def check_norm(update: ClientUpdate) -> ClientUpdate:
         found = update.norm().item()
         if found > norm:
-            raise RefusedUpdate(f"the norm of the update, {found:.3g}, is beyond the bound of {norm:g}")
+            why = f", {source}" if source else ""
+            raise RefusedUpdate(f"the norm of the update, {found:.3g}, is beyond the bound of {norm:.6g}{why}")
         return update
 
     return check_norm

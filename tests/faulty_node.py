@@ -5,6 +5,7 @@ The variable FSLORA_TEST_FAULTS names a JSON file, read at every packet that ask
 """
 
 import json
+import math
 import os
 import runpy
 import signal
@@ -29,6 +30,8 @@ FAULTS = {
     "nan": lambda packet: _largest(packet, lambda x: x * np.nan),
     "shape": lambda packet: _largest(packet, lambda x: x[:, :-1]),
     "norm": lambda packet: _largest(packet, lambda x: x + 1e9),
+    # Below every fixed bound by default.
+    "poison": lambda packet: _largest(packet, lambda x: np.full_like(x, 9.9e5 / math.sqrt(x.size))),
     "kill": lambda packet: os.kill(os.getpid(), signal.SIGKILL),
 }
 

@@ -463,6 +463,8 @@ def test_rows_that_are_not_there_are_told_before_any_node_is_asked(tmp_path, rec
         ({"min_clients": 0}, "Expected min_clients to be at least 1, found 0"),
         ({"round_deadline_s": 0.0}, "Expected round_deadline_s to be above 0"),
         ({"max_update_norm": -1.0}, "Expected max_update_norm to be above 0"),
+        ({"max_norm_ratio": 0.5}, "Expected max_norm_ratio to be above 1, or 0 for no bound"),
+        ({"max_norm_ratio": float("nan")}, "Expected max_norm_ratio to be above 1, or 0 for no bound"),
     ],
 )
 def test_wrong_settings_of_a_federation_are_told(settings, message):

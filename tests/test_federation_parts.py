@@ -174,6 +174,7 @@ def test_settings_are_read_as_flower_gives_them():
         600.0,
         False,
     )
+    assert read.max_norm_ratio == 10 and read_run_config({"recipe": "r", "max-norm-ratio": 0.0}).max_norm_ratio == 0
 
 
 def test_nobody_waits_for_a_node_that_has_left():

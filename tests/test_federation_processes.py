@@ -14,6 +14,7 @@ import local  # recipes/federation/local.py
 import psutil
 import pytest
 
+from fslora_hf.updates import RefusedUpdate
 from tests import federated, reference
 from tests.worker_train import check_same_ledger, ledger
 
@@ -93,16 +94,31 @@ def test_a_federation_of_processes_gives_the_simulators_adapter(tmp_path, federa
         assert federation.log(f"node-{client}").count("Loading the model") == 1
 
 
-def test_updates_that_are_not_sound_are_left_out(tmp_path, federation):
+def test_updates_that_are_not_sound_are_left_out(tmp_path, federation, monkeypatch):
+    """At default settings; the adapter is that of the simulator's run in which the same updates are refused."""
     recipe = make_recipe(tmp_path, num_rounds=4, server_optim="sgd")
     faults = [{"client": 1, "round": 0, "fault": "nan"}, {"client": 2, "round": 1, "fault": "shape"},
-              {"client": 3, "round": 2, "fault": "norm"}]  # fmt: skip
-    federation.run(recipe, *faults, max_update_norm=1000.0)
+              {"client": 3, "round": 2, "fault": "norm"}, {"client": 0, "round": 0, "fault": "poison"}]  # fmt: skip
+    federation.run(recipe, *faults)
     first, second, third, fourth = refusals(tmp_path / "run")
-    assert first == {1: "the update is not finite"} and fourth == {}
+    assert list(first) == [0, 1] and first[1] == "the update is not finite" and fourth == {}
+    assert "the norm of the update, 9.9e+05, is beyond the bound of" in first[0] and "max-norm-ratio" in first[0]
     assert list(second) == [2] and "of shape" in second[2]
-    assert list(third) == [3] and "beyond the bound of 1000" in third[3]
+    assert list(third) == [3] and "beyond the bound of 1e+06" in third[3]
     assert "The last update was left out because the update is not finite." in federation.log("node-1")
+    assert f"The last update was left out because {first[0]}." in federation.log("node-0")
+    seen = []
+
+    def refuse(update):
+        seen.append(update.position)
+        if (update.position, seen.count(update.position) - 1) in {(one["client"], one["round"]) for one in faults}:
+            raise RefusedUpdate("of the test")
+        return update
+
+    monkeypatch.setattr("fslora_hf.trainer.check_finite", refuse)
+    federated.simulate(recipe, tmp_path / "simulated")
+    adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
+    assert reference.max_difference(*adapters) < 1e-9
 
 
 def test_a_node_that_stalls_is_not_waited_for(tmp_path, federation):

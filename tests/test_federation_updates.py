@@ -257,7 +257,7 @@ def test_only_what_is_needed_is_told_of_error_feedback(tmp_path, source):
     assert [(one["folded"], one["checkpoints"]) for one in asked] == [(None, []), (0, [1])]
     told = [packet for node, packet in exchange.came if packet.kind == "update" and node == 101]
     assert {name for packet in told for name in packet.tensors} == {"values", "mask"}
-    assert set(told[0].header) == {"protocol", "kind", "round", "client_id", "loss", "norm"}
+    assert set(told[0].header) == {"protocol", "kind", "round", "client_id", "loss"}
 
 
 # ---- Bases that learn ----

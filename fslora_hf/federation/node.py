@@ -171,7 +171,7 @@ class Node:
         answer = {"kind": "update", "round": header["round"], "client_id": self.settings.client_id}
         answer["loss"], tensors = result.loss, to_numpy({"A": result.A, "B": result.B})
         if args.upload_top_k is not None:
-            answer["norm"], tensors = result.norm, pack(tensors, args.upload_top_k)
+            tensors = pack(tensors, args.upload_top_k)
         return Packet(answer, tensors)
 
     def _fold(self, packet: Packet) -> None:

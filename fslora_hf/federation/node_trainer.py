@@ -18,11 +18,10 @@ from ..trainer import FederatedSketchTrainer
 @dataclass(frozen=True)
 class LocalResult:
     """What a client's local steps came to: the change of A `[k, in]` and B `[out, k]` by module, without what is left
-    out of it, its norm before that, and the client's mean loss."""
+    out of it, and the client's mean loss."""
 
     A: dict[str, torch.Tensor]
     B: dict[str, torch.Tensor]
-    norm: float
     loss: float
 
 
@@ -43,9 +42,9 @@ class _LocalEngine(RoundEngine):
     def collect(self):
         (client,) = self._block
         update = self._update(client, *self.stack.change(0), self.received)
-        norm, loss = update.norm().item(), (self._losses / self.layout.local_steps).item()
+        loss = (self._losses / self.layout.local_steps).item()
         update = self._compress(client, update)  # what is not finite counts as largest, and the server refuses it
-        self.result = LocalResult(update.A, update.B, norm, loss)
+        self.result = LocalResult(update.A, update.B, loss)
         self.abandon()
 
     def close_round(self):

@@ -19,14 +19,12 @@ from .tensors import to_tensor
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client came to: its mean loss, the change of A `[k, in]` and B `[out, k]` of the sides it trains, by
-    module, and the norm of that change before a part of it was left out (None: nothing was). Loss and norm are told by
-    the client."""
+    """What a client came to: its mean loss, by its own word, and the change of A `[k, in]` and B `[out, k]` of the
+    sides it trains, by module."""
 
     loss: float
     A: dict[str, torch.Tensor]
     B: dict[str, torch.Tensor]
-    norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,10 @@ class Reader:
         if found != (round, client.client_id):
             raise RefusedUpdate(f"the update is of round {found[0]}, client {found[1]}")
         wanted = {f"{side}.{module}": tensor for side in self.trains for module, tensor in getattr(held, side).items()}
-        tensors, norm = answer.tensors, None
+        tensors = answer.tensors
         if self.share is not None:
             dtype = _numpy_type(next(iter(wanted.values())))
             tensors = unpack(tensors, {name: tuple(like.shape) for name, like in wanted.items()}, dtype, self.share)
-            norm = abs(_number(header, "norm"))
         sides: dict[str, dict[str, torch.Tensor]] = {"A": {}, "B": {}}
         for name, like in wanted.items():
             side, module = name.split(".", 1)
@@ -69,7 +66,7 @@ class Reader:
         surplus = sorted(tensors.keys() - wanted.keys())
         if surplus:
             raise RefusedUpdate(f"the update holds {surplus[0]}, which was not asked for")
-        return Reply(_number(header, "loss"), **sides, norm=norm)
+        return Reply(_number(header, "loss"), **sides)
 
 
 def _number(header: Mapping[str, Any], name: str) -> float:

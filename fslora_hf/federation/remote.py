@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine import RoundEngine
-from ..methods import ClientAdapter
+from ..methods import ClientAdapter, ClientUpdate
 from ..plan import ClientPlan
 from ..updates import RefusedUpdate, at_most
 from .exchange import Exchange, answers
 from .folds import Folds
+from .norm_bound import NormBound
 from .packet import Packet
 from .reading import Reader, Reply
 from .roster import FederationError, Roster
@@ -31,11 +32,16 @@ class RoundRules:
         deadline_seconds: from when the clients are asked on.
         min_clients: updates that a round must have.
         max_update_norm: largest Frobenius norm of an update; None for no bound.
+        max_norm_ratio: largest norm as a multiple of the median norm of this round's and the last rounds' updates; 0
+            for no such bound.
+        local_steps: that a client takes in a round.
     """
 
     deadline_seconds: float
     min_clients: int
     max_update_norm: float | None = None
+    max_norm_ratio: float = 0.0
+    local_steps: int = 1
 
 
 class RemoteEngine(RoundEngine):
@@ -66,6 +72,11 @@ class RemoteEngine(RoundEngine):
         self._bases: dict[int, int] = {}  # node -> how many rounds have been folded into its base
         if rules.max_update_norm is not None:
             self._transforms = (*self._transforms, at_most(rules.max_update_norm))
+        self.norm_bound: NormBound | None = None
+        if rules.max_norm_ratio:
+            self.norm_bound = NormBound(rules.max_norm_ratio, rules.local_steps)
+            self._transforms = (*self._transforms, self._hold_to_others)
+        self._bounds: dict[int, float] = {}  # of norms of this round's updates, by client
         self._notices: dict[int, str] = {}  # why the last update of a client was left out
         self._misses: dict[int, int] = {}  # deadlines that a client has missed in a row
         self._paused_until: dict[int, int] = {}  # the round from which on it is asked again
@@ -141,12 +152,12 @@ class RemoteEngine(RoundEngine):
         Raises:
             FederationError: fewer than `min_clients` updates came.
         """
-        updates = self._await()
+        losses, updates = self._read(self._await())
         # The order of the simulator's blocks: equal updates are then folded to equal bits.
         for client in sorted(self.plan(self.round).clients, key=lambda client: client.rank):
             number = client.client_id
             if number in updates:
-                self._take(client, updates[number])
+                self._take(client, losses[number], updates[number])
             else:
                 self._outcomes.append((number, math.nan, math.nan, 0.0, self._missing[number]))
         self.abandon()
@@ -159,16 +170,40 @@ class RemoteEngine(RoundEngine):
                 "kept; see to the nodes, or raise the deadline, and resume."
             )
 
-    def _take(self, client: ClientPlan, reply: Reply) -> None:
+    def _read(self, replies: dict[int, Reply]) -> tuple[dict[int, float], dict[int, ClientUpdate]]:
+        """Losses and updates by client; how large the updates may be is known as soon as all are there."""
+        plan = self.plan(self.round)
+        updates = {client.client_id: self._update(client, reply.A, reply.B, self._held[client.client_id])
+                   for client in plan.clients if (reply := replies.get(client.client_id))}  # fmt: skip
+        if self.norm_bound is not None:
+            norms = {number: update.norm().item() for number, update in updates.items()}
+            numbers = {number: sum(t.numel() for side in (update.A, update.B) for t in side.values())
+                       for number, update in updates.items()}  # fmt: skip
+            self._bounds = self.norm_bound.bounds(plan.clients, norms, plan.learning_rate, numbers)
+        return {number: reply.loss for number, reply in replies.items()}, updates
+
+    def _hold_to_others(self, update: ClientUpdate) -> ClientUpdate:
+        """Refuse an update whose norm is too far above what norms are; the last transform."""
+        client = self.plan(self.round).clients[update.position]
+        of = f"{self.rules.max_norm_ratio:g} times the median of this and the last rounds (max-norm-ratio)"
+        return at_most(self._bounds[client.client_id], of)(update)
+
+    def _take(self, client: ClientPlan, loss: float, update: ClientUpdate) -> None:
         """Fold an update, or note why not."""
-        update = self._update(client, reply.A, reply.B, self._held[client.client_id])
-        norm = update.norm().item() if reply.norm is None else reply.norm
-        self._fold(client, reply.loss, norm, update)
+        self._fold(client, loss, update)
         *_, reason = self._outcomes[-1]
         if reason is None:
             self.folded[client.client_id] = self.round
         else:
             self._missing[client.client_id] = self._notices[client.client_id] = reason
+
+    def close_round(self) -> dict[str, Any]:
+        record = super().close_round()
+        if self.norm_bound is not None:
+            bounds = (self._bounds.get(client) for client in record["clients"])
+            record["norm_bounds"] = [bound if bound is not None and math.isfinite(bound) else None for bound in bounds]
+            self.norm_bound.note(record)
+        return record
 
     def _compress(self, client, update):
         return update  # as it came: the node has left out what is not sent

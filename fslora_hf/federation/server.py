@@ -50,6 +50,13 @@ class FederationArguments:
     max_update_norm: float = field(
         default=1e6, metadata={"help": "Refuse updates of a larger Frobenius norm, whose products could overflow."}
     )
+    max_norm_ratio: float = field(
+        default=10.0,
+        metadata={
+            "help": "Refuse updates whose norm is more than so many times the median norm of this round's and the "
+            "last rounds' updates. 0: no such bound."
+        },
+    )
 
     def __post_init__(self):
         problems = field_problems(self)
@@ -62,6 +69,10 @@ class FederationArguments:
             value = getattr(self, name)
             if is_a(value, float) and not value > 0:
                 problems.setdefault(name, sentence(name, "above 0", value, "raise it"))
+        ratio = self.max_norm_ratio
+        if is_a(ratio, float) and ratio != 0 and not 1 < ratio:
+            expected = "above 1, or 0 for no bound"
+            problems.setdefault("max_norm_ratio", sentence("max_norm_ratio", expected, ratio, "raise it"))
         if problems:
             raise SettingsError(list(problems.values()))
 
@@ -110,7 +121,8 @@ def _run(
         check_path(recipe.dataset)
     roster = _gather(federation, exchange, values, *settings)
     _fit_to(roster, *settings)
-    rules = RoundRules(federation.round_deadline_s, federation.min_clients, federation.max_update_norm)
+    rules = RoundRules(federation.round_deadline_s, federation.min_clients, federation.max_update_norm,
+                       federation.max_norm_ratio, args.local_steps)  # fmt: skip
     trainer = build_trainer(
         *settings,
         trainer_class=partial(FederationTrainer, exchange, roster, rules),

@@ -66,9 +66,10 @@ def _read(reply: Message) -> Packet | str:
 
 
 def read_run_config(run_config: Mapping[str, Any]) -> FederationArguments:
-    """The settings of a federation from Flower's; an empty text or 0 stands for the default, as TOML has no none."""
-    given = {key.replace("-", "_"): value for key, value in run_config.items()}
-    settings = {each.name: given[each.name] for each in fields(FederationArguments) if given.get(each.name)}
+    """The settings of a federation from Flower's; an empty text or 0 stands for the default, as TOML has no none, but
+    where 0 turns a bound off."""
+    given = {key.replace("-", "_"): value for key, value in run_config.items() if value or key == "max-norm-ratio"}
+    settings = {each.name: given[each.name] for each in fields(FederationArguments) if each.name in given}
     return FederationArguments(**settings)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ..layout import Layout
-from ..ledger import read_records
+from ..ledger import last_records, read_records
 from ..trainer import FederatedSketchTrainer
 from .exchange import Exchange
+from .norm_bound import PAST_ROUNDS
 from .remote import RemoteEngine, RoundRules
 from .roster import FederationError, Roster
 
@@ -48,6 +49,8 @@ class FederationTrainer(FederatedSketchTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.error_feedback:
             self._engine.folded = last_folded(read_records(self.ledger_path))
+        if self._engine.norm_bound is not None:
+            self._engine.norm_bound.restore(last_records(self.ledger_path, PAST_ROUNDS))
 
     def _lay_out(self, block_size):
         # The second of two processes, which idles while the first, the nodes, trains all clients in one wave.
