@@ -144,7 +144,7 @@ def test_a_node_of_too_large_a_rank_is_told_by_itself(tmp_path, caplog):
     recipe = federated.write_recipe(federated.write_model_and_rows(tmp_path), tmp_path)
     exchange = federated.LocalExchange(federated.make_nodes(tmp_path, [3], rank=7))
     message = "Expected --rank of at most lora_r=6, found 7: start the node with a lower one"
-    with pytest.raises(FederationError, match=f"client 3: The run cannot start:\n- {message}"):
+    with pytest.raises(FederationError, match=f"client 3: The run cannot start: - {message}"):
         federated.federate(recipe, exchange)
     assert message in caplog.text and "Traceback" not in caplog.text
 
@@ -279,6 +279,62 @@ def test_answers_that_make_no_sense_are_turned_away(client, examples, rank):
     roster, _ = roster_of({7: joined(client, examples, rank)})
     roster.refresh()
     assert not roster.members and "Expected a client from 0 on" in roster.turned_away[7]
+
+
+FORGED = "boom\nWARNING Node 1 was turned away\x1b[2J\u202e" + "x" * 20_000
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        FORGED,
+        Packet({"kind": "failed", "reason": FORGED}),
+        Packet({"kind": "failed", "reason": {"deep": [FORGED] * 9}}),
+        Packet({"kind": FORGED}),
+        joined(0, version=FORGED, base=[FORGED] * 9, tokenizer=FORGED),
+        joined(0, configuration={"optim": FORGED, FORGED: 1}),
+        joined(0, configuration=OWN.configuration | {f"{number} {FORGED[:70]}": 0 for number in range(9000)}),
+        Packet({**joined(0).header, "client_id": FORGED, "examples": [FORGED], "rank": 10**4000}),
+        joined(0, examples=10**4000),
+    ],
+    ids=["text", "failed", "nested", "kind", "standing", "setting", "settings", "numbers", "examples"],
+)
+def test_what_a_node_says_is_one_short_line_and_told_once(monkeypatch, caplog, answer):
+    """In the log, in the notice to the node and in the error that ends the wait."""
+    monkeypatch.setattr("fslora_hf.federation.roster.INVITE_AGAIN_SECONDS", 0.0)
+    roster, exchange = roster_of({7: answer})
+    with pytest.raises(FederationError) as ended:
+        roster.wait(1, 1, 0.1)
+    (line,) = [message for message in caplog.messages if "Node 7" in message]
+    notices = [packet.header["reason"] for _, packet in exchange.sent if packet.kind == "turned_away"]
+    assert sum(packet.kind == "join" for _, packet in exchange.sent) > 1
+    for text in (line, str(ended.value), *notices):
+        assert text.isprintable() and len(text) < 1500
+    roster._exchange.nodes_by_number[7] = lambda packet: joined(0, base="c")
+    roster.refresh()
+    roster.refresh()
+    assert sum("Node 7" in message for message in caplog.messages) == 2  # another reason is told
+
+
+def test_what_a_server_says_is_one_short_line_and_told_once(tmp_path, caplog):
+    node = Node(NodeSettings(client_id=0, folder=str(tmp_path)))
+    for _ in range(3):
+        node.answer(Packet({"kind": "turned_away", "reason": FORGED}))
+    for packet in (Packet({"kind": "join", "recipe": {FORGED: FORGED}}), Packet({"kind": "join"}),
+                   Packet({"kind": "join", "recipe": {"method": f"{FORGED}:{FORGED}"}})):  # fmt: skip
+        answer = node.answer(packet)
+        assert answer.kind == "failed" and answer.header["reason"].isprintable()
+        assert len(answer.header["reason"]) <= 400
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("fslora_hf.federation")]
+    assert sum("turned this node away" in line for line in lines) == 1
+    for line in lines:
+        first, *way = line.split("\n")
+        assert first.isprintable() and len(first) < 1200 and not any("WARNING" in each for each in way)
+
+
+def test_headers_beyond_a_recipe_are_no_packets():
+    with pytest.raises(PacketError, match="a header of 1,048,.* characters, more than 1,048,576"):
+        Packet.from_bytes(Packet({"kind": "x" * (1 << 20)}).to_bytes())
 
 
 def test_answers_beyond_what_the_server_can_hold_are_turned_away():

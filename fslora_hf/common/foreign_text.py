@@ -10,10 +10,12 @@ import os
 import re
 import reprlib
 from collections.abc import Collection, Set
+from itertools import islice
 from typing import Any
 
 LONGEST = 200  # characters of one text
-LONGEST_MESSAGE = 1000  # characters of a message that quotes several
+LONGEST_NAME = 60  # of one of many names
+LONGEST_MESSAGE = 1000  # of a message that quotes several
 MOST_NAMED = 5  # of many names in a sentence
 
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\^_]?")
@@ -42,8 +44,10 @@ def foreign_value(value: Any, longest: int = LONGEST) -> str:
     return foreign_text(_brief.repr(value), longest)
 
 
-def foreign_names(names: Collection[Any], most: int = MOST_NAMED, longest: int = 60) -> str:
+def foreign_names(
+    names: Collection[Any], most: int = MOST_NAMED, longest: int = LONGEST_NAME, between: str = ", "
+) -> str:
     """The first few of some names, and how many more there are; of a set, the least ones."""
-    first = heapq.nsmallest(most, names, key=str) if isinstance(names, Set) else list(names)[:most]
-    told = ", ".join(foreign_text(name, longest) for name in first)
+    first = heapq.nsmallest(most, names, key=str) if isinstance(names, Set) else list(islice(names, most))
+    told = between.join(foreign_text(name, longest) for name in first)
     return told if len(names) <= most else f"{told} and {len(names) - most:,} more"

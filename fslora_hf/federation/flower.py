@@ -4,6 +4,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from ..common.foreign_text import foreign_names
+
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
@@ -48,5 +50,5 @@ def unwrap(content: "RecordDict") -> bytes:
     try:
         array = content.array_records[KEY][KEY]
     except KeyError:
-        raise ValueError(f"Expected a message with a packet, found {sorted(content)}.") from None
+        raise ValueError(f"Expected a message with a packet, found {foreign_names(set(content))}.") from None
     return array.data

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from datasets import Dataset
 from ..adapter import global_pair
 from ..checkpoint import FEEDBACK_NAME
 from ..checks import raise_together
+from ..common.foreign_text import LONGEST_MESSAGE, LONGEST_NAME, foreign_text
 from ..config import FederatedSketchConfig
 from ..data.sources import check_path, load_rows
 from ..folding import FoldedBase
@@ -23,7 +25,7 @@ from ..server import ServerState
 from .folds import bring_up
 from .node_feedback import feedback_of
 from .node_trainer import NodeTrainer
-from .packet import Packet, PacketError, failed
+from .packet import LONGEST_REASON, Packet, PacketError, failed
 from .sparse import pack
 from .standing import SERVER_ONLY, Standing
 from .tensors import to_numpy, to_tensor
@@ -74,6 +76,7 @@ class Node:
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: NodeTrainer | None = None
         self._standing: Standing | None = None
+        self._turned_away: str | None = None  # why, as the server has said last
         self._session: str | None = None  # of the server whose recipe it is
         self._frozen: dict[str, np.ndarray] = {}
         self._base_rounds: int | None = 0  # rounds that were folded into the base; None: one was interrupted
@@ -93,12 +96,18 @@ class Node:
             if packet.kind == "train":
                 return self._train(packet)
             if packet.kind == "turned_away":
-                logger.warning("The server turned this node away: %s", packet.header.get("reason"))
+                reason = foreign_text(packet.header.get("reason"), LONGEST_REASON)
+                if reason != self._turned_away:  # the server asks again every minute
+                    logger.warning("The server turned this node away: %s", reason)
+                self._turned_away = reason
             return Packet({"kind": "noted"})
         except Exception as error:  # the server is told, and the node goes on
             known = isinstance(error, (ValueError, OSError))  # whose text says what there is to know
-            logger.error("A packet of kind %s could not be answered: %s", packet.kind, error, exc_info=not known)
-            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            reason = foreign_text(error, LONGEST_MESSAGE)
+            reason = reason if known else f"{type(error).__name__}: {reason}"
+            way = "" if known else "\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip()
+            logger.error("A packet of kind %s could not be answered: %s%s", foreign_text(packet.kind, LONGEST_NAME),
+                         reason, way)  # fmt: skip
             # Who joins is not yet known by its client.
             return failed(f"client {self.settings.client_id}: {reason}" if packet.kind == "join" else reason)
 
@@ -153,12 +162,14 @@ class Node:
 
     def _train(self, packet: Packet) -> Packet:
         header = packet.header
+        self._turned_away = None
         behind = self._base_rounds is None or self._base_rounds < header.get("base_from", 0)
         if self._trainer is None or behind or header.get("session") != self._session:
             reason = "the node was started anew or has joined another run, and has yet to join this one"
             return Packet({"kind": "failed", "reason": reason, "uninvited": True})
         if header.get("notice"):
-            logger.warning("The last update was left out because %s.", header["notice"])
+            notice = foreign_text(header["notice"], LONGEST_REASON)
+            logger.warning("The last update was left out because %s.", notice)
         rank, args = int(header["rank"]), self._trainer.args
         if args.error_feedback:
             folder = self.settings.memory or Path(self.settings.folder) / FEEDBACK_NAME
@@ -166,7 +177,7 @@ class Node:
             self._trainer.feedback.settle(self.settings.client_id, header["folded"], header["checkpoints"])
         self._fold(packet)
         received = self._received(packet, rank)
-        logger.info("Round %d: training at rank %d.", header["round"], rank)
+        logger.info("Round %d: training at rank %d.", int(header["round"]), rank)
         result = self._trainer.train_round(int(header["round"]), received)
         answer = {"kind": "update", "round": header["round"], "client_id": self.settings.client_id}
         answer["loss"], tensors = result.loss, to_numpy({"A": result.A, "B": result.B})
@@ -217,4 +228,4 @@ def code_in(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("trust_remote_code") or (nested and "trust_remote_code" in str(nested)):
         yield f"Expected a recipe without code of its own, found trust_remote_code: {remedy}."
     if ":" in str(values.get("method", "")):
-        yield f"Expected a recipe without code of its own, found method={values['method']}: {remedy}."
+        yield f"Expected a recipe without code of its own, found method={foreign_text(values['method'])}: {remedy}."

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from ..common.foreign_text import foreign_value
 from ..feedback import ErrorFeedback, file_rounds
 
 logger = logging.getLogger(__name__)
@@ -48,5 +49,5 @@ def feedback_of(folder: str | Path, run: str) -> NodeFeedback:
         ValueError: `run`, which comes over the wire, is not the name of one.
     """
     if not _RUN.fullmatch(run):
-        raise ValueError(f"Expected a run's number of 16 hexadecimal digits, found {run!r}.")
+        raise ValueError(f"Expected a run's number of 16 hexadecimal digits, found {foreign_value(run)}.")
     return NodeFeedback(Path(folder) / run)

@@ -13,7 +13,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-LONGEST_REASON = 1000  # characters that are kept of what a node says is wrong
+from ..common.foreign_text import LONGEST_NAME, foreign_text, foreign_value
+
+LONGEST_REASON = 400  # characters that are kept of what a node says is wrong
+MOST_HEADER = 1 << 20  # characters of a header, which holds a recipe at most
 PROTOCOL = 1  # of the headers; a server and its nodes must agree on it
 
 
@@ -56,16 +59,28 @@ class Packet:
         try:
             tensors = load(blob)
             length = int.from_bytes(blob[:8], "little")
-            header = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["header"])
+            text = json.loads(blob[8 : 8 + length])["__metadata__"]["header"]
+            if len(text) > MOST_HEADER:
+                raise ValueError(f"a header of {len(text):,} characters, more than {MOST_HEADER:,}")
+            header = json.loads(text)
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise PacketError(f"Expected a packet, found bytes that cannot be read ({error}).") from error
+            what = f"{type(error).__name__}: {foreign_text(error)}"
+            raise PacketError(f"Expected a packet, found bytes that cannot be read ({what}).") from error
         if not isinstance(header, dict) or header.get("protocol") != PROTOCOL:
-            found = header.get("protocol") if isinstance(header, dict) else header
-            raise PacketError(f"Expected packets of protocol {PROTOCOL}, found {found!r}: use the same fslora_hf "
+            found = foreign_value(header.get("protocol") if isinstance(header, dict) else header, LONGEST_NAME)
+            raise PacketError(f"Expected packets of protocol {PROTOCOL}, found {found}: use the same fslora_hf "
                               "on the server and on every node.")  # fmt: skip
         return cls(header, tensors)
 
 
 def failed(reason: str) -> Packet:
     """The answer of a node that cannot do what it was asked to."""
-    return Packet({"kind": "failed", "reason": reason})
+    return Packet({"kind": "failed", "reason": foreign_text(reason, LONGEST_REASON)})
+
+
+def reason_in(answer: "Packet | str") -> str:
+    """Why an answer is not what was asked for, in its sender's words."""
+    if isinstance(answer, Packet):
+        kind = foreign_text(answer.kind, LONGEST_NAME)
+        answer = answer.header.get("reason", f"it answered with a packet of kind {kind}")
+    return foreign_text(answer, LONGEST_REASON)

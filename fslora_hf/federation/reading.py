@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_value
 from ..methods import ClientAdapter
 from ..plan import ClientPlan
 from ..updates import RefusedUpdate
-from .packet import LONGEST_REASON, Packet
+from .packet import Packet, reason_in
 from .sparse import unpack
 from .tensors import to_tensor
 
@@ -45,15 +46,13 @@ class Reader:
         Raises:
             RefusedUpdate: it is not; says why.
         """
-        if isinstance(answer, str):
-            raise RefusedUpdate(answer[:LONGEST_REASON])
+        if isinstance(answer, str) or answer.kind != "update":
+            raise RefusedUpdate(reason_in(answer))
         header = answer.header
-        if answer.kind != "update":
-            reason = str(header.get("reason", f"it answered with a packet of kind {answer.kind}"))
-            raise RefusedUpdate(reason[:LONGEST_REASON])
         found = header.get("round"), header.get("client_id")
         if found != (round, client.client_id):
-            raise RefusedUpdate(f"the update is of round {found[0]}, client {found[1]}")
+            of_round, of_client = (foreign_value(value, LONGEST_NAME) for value in found)
+            raise RefusedUpdate(f"the update is of round {of_round}, client {of_client}")
         wanted = {f"{side}.{module}": tensor for side in self.trains for module, tensor in getattr(held, side).items()}
         tensors = answer.tensors
         if self.share is not None:
@@ -63,9 +62,9 @@ class Reader:
         for name, like in wanted.items():
             side, module = name.split(".", 1)
             sides[side][module] = _tensor(tensors, name, like)
-        surplus = sorted(tensors.keys() - wanted.keys())
+        surplus = tensors.keys() - wanted.keys()
         if surplus:
-            raise RefusedUpdate(f"the update holds {surplus[0]}, which was not asked for")
+            raise RefusedUpdate(f"the update holds {foreign_names(surplus)}, which was not asked for")
         return Reply(_number(header, "loss"), **sides)
 
 
@@ -85,7 +84,8 @@ def _tensor(tensors: Mapping[str, np.ndarray], name: str, like: torch.Tensor) ->
     if array is None:
         raise RefusedUpdate(f"the update lacks {name}")
     if array.shape != tuple(like.shape):
-        raise RefusedUpdate(f"the update holds {name} of shape {array.shape}, not {tuple(like.shape)}")
+        found_shape = foreign_value(array.shape, LONGEST_NAME)
+        raise RefusedUpdate(f"the update holds {name} of shape {found_shape}, not {tuple(like.shape)}")
     if array.dtype != expected:
         raise RefusedUpdate(f"the update holds {name} as {array.dtype}, not {expected}")
     return to_tensor(array, like)

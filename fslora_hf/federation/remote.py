@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.foreign_text import foreign_names, foreign_text
 from ..engine import RoundEngine
 from ..methods import ClientAdapter, ClientUpdate
 from ..plan import ClientPlan
@@ -14,7 +15,7 @@ from ..updates import RefusedUpdate, at_most
 from .exchange import Exchange, answers
 from .folds import Folds
 from .norm_bound import NormBound
-from .packet import Packet
+from .packet import LONGEST_REASON, Packet
 from .reading import Reader, Reply
 from .roster import FederationError, Roster
 from .tensors import to_numpy
@@ -163,7 +164,8 @@ class RemoteEngine(RoundEngine):
         self.abandon()
         accepted = len(self._outcomes) - len(self._missing)
         if accepted < self.rules.min_clients:
-            reasons = "; ".join(f"client {number}: {why}" for number, why in sorted(self._missing.items()))
+            reasons = foreign_names([f"client {number}: {why}" for number, why in sorted(self._missing.items())],
+                                    longest=LONGEST_REASON, between="; ")  # fmt: skip
             raise FederationError(
                 f"Expected the updates of at least min-clients={self.rules.min_clients} clients in round {self.round} "
                 f"within {self.rules.deadline_seconds:g} s, found {accepted} ({reasons}): the rounds before it are "
@@ -231,7 +233,7 @@ class RemoteEngine(RoundEngine):
                 if self._folds is not None:
                     self._bases[node] = self.round
             except RefusedUpdate as refusal:
-                self._missing[number] = self._notices[number] = str(refusal)
+                self._missing[number] = self._notices[number] = foreign_text(refusal, LONGEST_REASON)
             if isinstance(answer, Packet) and answer.header.get("uninvited"):
                 self.roster.invite_again(node)
             logger.info("Round %d: %d of %d clients have answered.", self.round, len(updates), len(self._asked))

@@ -3,16 +3,19 @@
 import json
 import logging
 import os
+import re
 import secrets
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_text, foreign_value
 from .exchange import Exchange, answers
-from .packet import LONGEST_REASON, Packet
+from .packet import LONGEST_REASON, Packet, reason_in
 from .standing import Standing
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ class Roster:
         self.members: dict[int, Member] = {}
         self.run = secrets.token_hex(8)  # tells nodes this run from others
         self.turned_away: dict[int, str] = {}
+        self._told: dict[int, str] = {}  # node -> why it was turned away, as the log has it
         self._closed = False
         self._new: set[int] = set()
 
@@ -104,8 +108,8 @@ class Roster:
             )
 
     def _reasons(self) -> str:
-        told = sorted({f"node {node} was turned away: {reason}" for node, reason in self.turned_away.items()})
-        return f" ({' '.join(told)})" if told else ""
+        told = [f"node {node} was turned away: {reason}" for node, reason in sorted(self.turned_away.items())]
+        return f" ({foreign_names(told, longest=LONGEST_REASON, between=' ')})" if told else ""
 
     def present(self) -> dict[int, Member]:
         """The members whose node is connected, by client."""
@@ -126,6 +130,7 @@ class Roster:
         self._seen &= connected - {node for node, at in self._again.items() if at <= time.monotonic()}
         self._new &= connected
         self.turned_away = {node: reason for node, reason in self.turned_away.items() if node in connected}
+        self._told = {node: reason for node, reason in self._told.items() if node in connected}
         self._asked = {ticket: node for ticket, node in self._asked.items() if node in connected}
         for node in sorted(connected - self._seen):
             self._asked[self._exchange.send(node, self._invitation, self._join_seconds)] = node
@@ -135,36 +140,35 @@ class Roster:
             self._take_in(self._asked.pop(ticket), answer)
 
     def _take_in(self, node: int, answer: Packet | str) -> None:
-        reasons = [answer] if isinstance(answer, str) else list(self._objections(node, answer))
-        reasons = [reason[:LONGEST_REASON] for reason in reasons]
+        reasons = list(self._objections(node, answer))
         if not reasons:
             header = answer.header
             self.members[header["client_id"]] = Member(header["client_id"], header["examples"], header["rank"], node)
             self.turned_away.pop(node, None)
+            self._told.pop(node, None)
             self._new.add(node)
             logger.info("Client %d has joined: node %d, %d examples.", header["client_id"], node, header["examples"])
             return
-        self.turned_away[node] = " ".join(reasons)
+        self.turned_away[node] = foreign_names(reasons, longest=LONGEST_REASON, between=" ")
         self._again[node] = time.monotonic() + INVITE_AGAIN_SECONDS
-        logger.warning("Node %d was turned away: %s", node, self.turned_away[node])
+        if self._told.get(node) != self.turned_away[node]:  # it is asked again every minute
+            self._told[node] = self.turned_away[node]
+            logger.warning("Node %d was turned away: %s", node, self.turned_away[node])
         if isinstance(answer, Packet) and answer.kind == "joined":
             notice = Packet({"kind": "turned_away", "reason": self.turned_away[node]})
             self._exchange.send(node, notice, self._join_seconds)
 
-    def _objections(self, node: int, answer: Packet):
+    def _objections(self, node: int, answer: Packet | str) -> Iterator[str]:
         """Why a node that answered cannot be a member, a sentence each."""
-        header = answer.header
-        if answer.kind != "joined":
-            yield str(header.get("reason", f"it answered with a packet of kind {answer.kind}"))
+        if isinstance(answer, str) or answer.kind != "joined":
+            yield reason_in(answer)
             return
+        header = answer.header
         client, examples, rank = (header.get(name) for name in ("client_id", "examples", "rank"))
-        whole = all(
-            isinstance(value, int) and not isinstance(value, bool)
-            for value in (client, examples, 1 if rank is None else rank)
-        )
-        if not whole or not 0 <= client < 2**31 or examples < 1 or (rank is not None and rank < 1):
-            yield (f"Expected a client from 0 on, at least one example and a rank from 1 on, found {client}, "
-                   f"{examples} and {rank}: correct the node's settings.")  # fmt: skip
+        if not _is_member(client, examples, rank):
+            found = [foreign_value(value, LONGEST_NAME) for value in (client, examples, rank)]
+            yield (f"Expected a client from 0 on, at least one example and a rank from 1 on, found {found[0]}, "
+                   f"{found[1]} and {found[2]}: correct the node's settings.")  # fmt: skip
             return
         if examples > MOST_EXAMPLES:
             yield f"Expected at most {MOST_EXAMPLES:,} examples, found {examples:,}: give the node a part of its rows."
@@ -201,9 +205,7 @@ class Roster:
         path = folder / ROSTER_NAME
         if not path.is_file():
             return False
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        self.run, rows = saved["run"], saved["clients"]
-        self.members = {row["client_id"]: Member(row["client_id"], row["examples"], row["rank"], None) for row in rows}
+        self.run, self.members = read_roster(path)
         self.close()
         return True
 
@@ -245,3 +247,39 @@ class Roster:
         for client, member in self.present().items():
             if member.node == node:
                 self.members[client] = replace(member, node=None)
+
+
+def read_roster(path: Path) -> tuple[str, dict[int, Member]]:
+    """The number of a run, and its clients by their ids, as `Roster.save` wrote them.
+
+    Raises:
+        FederationError: the file is damaged.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        run, rows = saved["run"], saved["clients"]
+        if not isinstance(run, str) or not re.fullmatch("[0-9a-f]{16}", run):
+            raise ValueError(f"{foreign_value(run, LONGEST_NAME)} as the run's number")
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("no list of clients")
+        members = {}
+        for row in rows:
+            values = client, examples, rank = row["client_id"], row["examples"], row["rank"]
+            if not _is_member(*values) or examples > MOST_EXAMPLES or client in members:
+                raise ValueError(f"{foreign_value(row, LONGEST_NAME)} as a client")
+            members[client] = Member(client, examples, rank, None)
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        what = f"{type(error).__name__}: {foreign_text(error)}"
+        raise FederationError(
+            f"Expected the run's clients in {path}, found a file that is damaged ({what}): restore it from a backup, "
+            "or start a new run in another output_dir."
+        ) from error
+    return run, members
+
+
+def _is_member(client: Any, examples: Any, rank: Any) -> bool:
+    """Whether these can be a client's number, how many examples it has, and its rank or None."""
+    numbers = (client, examples, 1 if rank is None else rank)
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        return False
+    return 0 <= client < 2**31 and 1 <= examples < 2**63 and (rank is None or 1 <= rank < 2**31)

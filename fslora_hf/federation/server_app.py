@@ -11,7 +11,8 @@ from .flower import unwrap, wrap  # first: it checks Flower's version
 from flwr.app import Context, Message, MessageType  # isort: skip
 from flwr.serverapp import Grid, ServerApp  # isort: skip
 
-from .packet import Packet, PacketError
+from ..common.foreign_text import foreign_text
+from .packet import LONGEST_REASON, Packet, PacketError
 from .roster import FederationError
 from .server import FederationArguments, run_federation
 
@@ -58,11 +59,11 @@ def _read(reply: Message) -> Packet | str:
     if reply.has_error() and "Message Unavailable" in reply.error.reason:  # Flower's word for a message that expired
         return "the node had not answered when its time was over; if its model loads for longer, raise join-deadline-s"
     if reply.has_error():
-        return f"the node answered with an error: {reply.error.reason}"
+        return f"the node answered with an error: {foreign_text(reply.error.reason)}"
     try:
         return Packet.from_bytes(unwrap(reply.content))
     except (PacketError, ValueError) as error:
-        return str(error)
+        return foreign_text(error, LONGEST_REASON)
 
 
 def read_run_config(run_config: Mapping[str, Any]) -> FederationArguments:

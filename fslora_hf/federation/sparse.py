@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_value
 from ..compression import kept_numbers, list_bytes, mask_bytes
 from ..updates import RefusedUpdate
 
@@ -50,10 +51,13 @@ def unpack(
     for name, wanted_type, wanted_length in ((VALUES, dtype, kept), (form, where, length)):
         array = arrays.get(name)
         if array is None or array.dtype != wanted_type or array.shape != (wanted_length,):
-            found = "nothing" if array is None else f"{array.dtype} of shape {array.shape}"
+            found = (
+                "nothing" if array is None else f"{array.dtype} of shape {foreign_value(array.shape, LONGEST_NAME)}"
+            )
             raise RefusedUpdate(f"the update holds {found} as its {name}, not {wanted_length} of {wanted_type}")
     if arrays.keys() != {VALUES, form}:
-        raise RefusedUpdate(f"the update holds {min(arrays.keys() - {VALUES, form})}, which was not asked for")
+        surplus = foreign_names(arrays.keys() - {VALUES, form})
+        raise RefusedUpdate(f"the update holds {surplus}, which was not asked for")
     flat = np.zeros(size, dtype=dtype)
     flat[_places(arrays[form], form, size, kept)] = arrays[VALUES]
     tensors, start = {}, 0

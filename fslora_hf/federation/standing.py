@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_text, foreign_value
 from ..config import FederatedSketchConfig
 from ..recipe import ModelArguments
 from ..run import DEFINING_ARGUMENTS
@@ -71,14 +72,18 @@ class Standing:
                        f"{_short(node.get(name))}: {remedy}.")  # fmt: skip
         found = node.get("configuration")
         found = found if isinstance(found, Mapping) else {}
-        for key in sorted({*self.configuration, *found}):
-            if self.configuration.get(key) != found.get(key):
-                yield (f"Expected {key} {self.configuration.get(key)!r} as on the server, found {found.get(key)!r}: "
-                       "remove what sets it on the node.")  # fmt: skip
+        for key in sorted(self.configuration):
+            if self.configuration[key] != found.get(key):
+                yield (f"Expected {key} {foreign_value(self.configuration[key])} as on the server, found "
+                       f"{foreign_value(found.get(key))}: remove what sets it on the node.")  # fmt: skip
+        surplus = found.keys() - self.configuration.keys()
+        if surplus:
+            yield (f"Expected the server's settings and no others, found {foreign_names(surplus)}: remove what sets "
+                   "them on the node.")  # fmt: skip
 
 
 def _short(value: Any) -> str:
-    return str(value)[:16]
+    return foreign_text(value[:16]) if isinstance(value, str) else foreign_value(value, LONGEST_NAME)
 
 
 def digest_base(model: str, revision: str = "main") -> str:
