@@ -1,7 +1,8 @@
 """recipes/federation/node.py with faults: a node that does wrong in chosen rounds, for tests of real processes.
 
 The variable FSLORA_TEST_FAULTS names a JSON file, read at every packet that asks to train: a list of
-`{"client": 2, "round": 1, "fault": "nan"}`, a fault one of FAULTS or `stall` with its `seconds`; each is done once.
+`{"client": 2, "round": 1, "fault": "nan"}`, a fault one of FAULTS or `stall` with its `seconds` and, for one that ends
+once a file is there, `until`; each is done once.
 """
 
 import json
@@ -36,6 +37,12 @@ FAULTS = {
 }
 
 
+def stall(seconds: float, until: str | None) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not (until and Path(until).exists()):
+        time.sleep(0.1)
+
+
 def install() -> None:
     sound, done = Node.answer, set()
 
@@ -50,7 +57,7 @@ def install() -> None:
             if here and key not in done:
                 done.add(key)
                 if fault["fault"] == "stall":
-                    time.sleep(fault["seconds"])
+                    stall(fault["seconds"], fault.get("until"))
                     return answered
                 return FAULTS[fault["fault"]](answered)
         return answered

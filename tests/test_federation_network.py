@@ -171,12 +171,19 @@ def test_unknown_nodes_and_wrong_certificates_are_turned_away(tmp_path):
         check_comes_back(machine, superlink, nodes[0])
 
 
+def supernodes(node: subprocess.Popen) -> list[psutil.Process]:
+    """Those that a node has started."""
+    found = []
+    for child in psutil.Process(node.pid).children():
+        with contextlib.suppress(psutil.Error):  # one that is on its way out
+            found += [child] * any("flower-supernode" in part for part in child.cmdline())
+    return found
+
+
 def check_comes_back(machine, superlink: Sequence[str], node: subprocess.Popen) -> None:
     """As after a power cut: a SuperLink that is started with the same database knows the node's key, and takes the
     dead SuperNode for online, as which it does not let the new one in, until it has missed it for long enough."""
-    (killed,) = [
-        child for child in psutil.Process(node.pid).children() if "flower-supernode" in " ".join(child.cmdline())
-    ]
+    (killed,) = supernodes(node)
     killed.kill()
     local.signal_group(machine.processes["superlink"], signal.SIGKILL)
     machine.processes["superlink"].wait()
@@ -185,8 +192,7 @@ def check_comes_back(machine, superlink: Sequence[str], node: subprocess.Popen) 
     while time.monotonic() < end:
         time.sleep(2)
         assert node.poll() is None
-        found = psutil.Process(node.pid).children()
-        if any(time.time() - child.create_time() > 25 for child in found if child.pid != killed.pid):
+        if any(time.time() - child.create_time() > 25 for child in supernodes(node) if child.pid != killed.pid):
             break
     else:
         raise AssertionError(log.read_text()[-3000:])

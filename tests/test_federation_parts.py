@@ -100,10 +100,27 @@ def test_a_folder_that_others_may_enter_is_refused():
 
 
 def test_what_passes_packets_on_loads_no_torch():
-    code = "import sys, fslora_hf.federation.client_app; print('torch' in sys.modules)"
+    """With a Flower that lacks a part that it needs, it says so in place of running anything."""
+    part = "flwr.supernode.runtime.run_clientapp"
+    code = f"""
+import sys
+sys.modules["{part}"] = None
+try:
+    import fslora_hf.federation.messenger
+except ImportError as error:
+    print(error)
+del sys.modules["{part}"]
+import fslora_hf.federation.messenger
+print('torch' in sys.modules)
+"""
     root = str(Path(__file__).resolve().parents[1])
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True)
-    assert done.stdout.split() == [b"False"], done.stderr
+    here = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True)
+    refused, loaded = done.stdout.splitlines()
+    assert loaded == "False", done.stderr
+    assert re.match(r"Expected flwr as in constraints.txt, found 1\.[\d.]+, of which .*pip install -c", refused), (
+        refused
+    )
 
 
 # ---- A node's start ----

@@ -132,11 +132,17 @@ def test_a_node_that_stalls_is_not_waited_for(tmp_path, federation):
 
 def test_a_node_that_is_killed_comes_back(tmp_path, federation):
     recipe = make_recipe(tmp_path, num_rounds=7)
-    run = federation.run(recipe, {"client": 3, "round": 1, "fault": "kill"}, wait=False, round_deadline_s=30.0)
+    back = tmp_path / "back"  # the round after it waits until then, however long a node takes to start here
+    faults = [{"client": 3, "round": 1, "fault": "kill"},
+              {"client": 0, "round": 2, "fault": "stall", "seconds": 120, "until": str(back)}]  # fmt: skip
+    run = federation.run(recipe, *faults, wait=False, round_deadline_s=150.0)
     killed = federation.machine.processes["node-3"]
     killed.wait(120)
     assert killed.returncode == -signal.SIGKILL
+    before = federation.log("node-3").count("SuperNode ID")
     federation.start_node(3)
+    wait_for(lambda: federation.log("node-3").count("SuperNode ID") > before)
+    back.touch()
     run.communicate(timeout=240)
     rounds = refusals(tmp_path / "run")
     assert len(rounds) == 7 and rounds[0] == {} and list(rounds[1]) == [3]

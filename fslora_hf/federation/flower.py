@@ -29,6 +29,12 @@ def check_flower() -> None:
         raise ImportError(f"Expected flwr {MAJOR}, found {found}: {remedy}.")
 
 
+def other_insides(error: ImportError) -> ImportError:
+    """What to raise where a part of Flower that is not public is not where it was."""
+    return ImportError(f"Expected flwr as in constraints.txt, found {version('flwr')}, of which a node cannot use "
+                       f"what it needs ({error}): pip install -c constraints.txt 'fslora_hf[flower]'.")  # fmt: skip
+
+
 check_flower()
 
 KEY, FORMAT = "packet", "fslora_hf"

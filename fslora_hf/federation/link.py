@@ -5,10 +5,13 @@ nothing but the standard library, so that a process that passes one packet on st
 """
 
 import contextlib
+import ctypes
 import logging
 import os
+import signal
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +22,12 @@ _LENGTH = struct.Struct("<Q")
 
 class LinkError(ConnectionError):
     """The process that holds the model cannot be reached."""
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends, however that comes about (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def ask(path: str, packet: bytes) -> bytes:

@@ -64,7 +64,7 @@ class Machine:
         self.processes: dict[str, subprocess.Popen] = {}
         path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
         home = {"PATH": path, "FLWR_HOME": str(folder / "flower"), "FLWR_TELEMETRY_ENABLED": "0",
-                "FLWR_UPDATE_CHECK": "0", "OMP_NUM_THREADS": "1"}  # fmt: skip
+                "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.environment = {**os.environ, **home, **(environment or {})}
         (folder / "flower").mkdir(parents=True, exist_ok=True)
         self._connection = {"address": f"127.0.0.1:{self.port}", "insecure": True}
@@ -112,13 +112,15 @@ class Machine:
             f'[superlink]\ndefault = "local"\n\n[superlink.local]\n{connection}'
         )
 
-    def run(self, recipe: str, overrides: list[str], stdout=None, **settings) -> subprocess.Popen:
+    def run(
+        self, recipe: str, overrides: list[str], stdout=None, app: Path = HERE / "app", **settings
+    ) -> subprocess.Popen:
         """Start a run of a recipe, with `settings` of the app; the process says what the run says and ends with it."""
         self._write_connection()
         config = {"recipe": str(Path(recipe).resolve()), "overrides": shlex.join(overrides), **settings}
         path = self.folder / "run.toml"
         path.write_text("".join(f"{key.replace('_', '-')} = {_toml(value)}\n" for key, value in config.items()))
-        command = [str(BIN / "flwr"), "run", str(HERE / "app"), "local", "--stream", "--run-config", str(path)]
+        command = [str(BIN / "flwr"), "run", str(app), "local", "--stream", "--run-config", str(path)]
         return subprocess.Popen(
             command, env=self.environment, start_new_session=True, stdout=stdout, stderr=subprocess.STDOUT
         )

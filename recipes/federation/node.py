@@ -7,7 +7,6 @@ Holds the model, starts Flower's SuperNode beside itself, and answers until it i
 """
 
 import argparse
-import ctypes
 import logging
 import os
 import signal
@@ -19,10 +18,20 @@ import time
 from pathlib import Path
 
 from fslora_hf.federation.flower import SOCKET  # checks Flower's version, before anything slow
-from fslora_hf.federation.link import serve
+from fslora_hf.federation.link import end_with_parent, serve
 
 SETTLED_SECONDS = 20.0  # a SuperNode that ends sooner was not let in
 PAUSE_SECONDS = 15.0  # before it is tried again
+
+# Of the environment, what Flower's processes are given beside PATH: where they find Python's packages and their own
+# folder, and how they write.
+NEEDED = (
+    "HOME TMPDIR TZ LANG LC_ALL LC_CTYPE PYTHONPATH PYTHONHOME LD_LIBRARY_PATH FLWR_HOME FLWR_TELEMETRY_ENABLED "
+    "FLWR_DISABLE_UPDATE_CHECK"
+).split()
+TO_OTHERS = (  # and the one that connects to the SuperLink
+    "SSL_CERT_FILE SSL_CERT_DIR HTTPS_PROXY HTTP_PROXY ALL_PROXY NO_PROXY https_proxy http_proxy all_proxy no_proxy"
+).split()
 
 
 def parse() -> argparse.Namespace:
@@ -52,7 +61,11 @@ def parse() -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Leave with a sentence where files or the port that are named cannot be used."""
+    """Leave with a sentence where a file or the port that is named cannot be used, or Flower lacks what is needed."""
+    try:
+        from fslora_hf.federation import messenger  # noqa: F401
+    except ImportError as error:
+        sys.exit(str(error))
     for name in ("root_certificates", "private_key"):
         path = getattr(options, name)
         if path is not None and not Path(path).is_file():
@@ -66,19 +79,31 @@ def check(options: argparse.Namespace) -> None:
                      "node of a machine a --port of its own.")  # fmt: skip
 
 
+def environment(*names: str) -> dict[str, str]:
+    """Of this process's environment what Flower's processes need and nothing else: no token, no key, no password."""
+    return {name: os.environ[name] for name in (*NEEDED, *names) if name in os.environ}
+
+
 class SuperNode:
-    """Flower's SuperNode beside this process. One that ends, as when the SuperLink was started anew, is started anew,
-    too, and tried again for a while if it is not let in at once; the model stays where it is."""
+    """Flower's SuperNode beside this process, and what answers its messages with this package's ClientApp: the
+    SuperNode runs none itself (`--isolation process`), so that no app that `flwr run` brings is run here.
+
+    If one of the two ends, as when the SuperLink was started anew, both are started anew, and tried again for a while
+    if they are not let in at once; the model stays where it is.
+    """
 
     def __init__(self, options: argparse.Namespace, path: str):
-        self._command = ["flower-supernode", "--superlink", options.superlink, "--port", str(options.port)]
-        self._command += ["--node-config", f'{SOCKET}="{path}"']
+        command = ["flower-supernode", "--isolation", "process", "--superlink", options.superlink]
+        command += ["--port", str(options.port), "--node-config", f'{SOCKET}="{path}"']
         if options.insecure:
-            self._command += ["--insecure"]
+            command += ["--insecure"]
         elif options.root_certificates:
-            self._command += ["--root-certificates", options.root_certificates]
+            command += ["--root-certificates", options.root_certificates]
         if options.private_key:
-            self._command += ["--auth-supernode-private-key", options.private_key]
+            command += ["--auth-supernode-private-key", options.private_key]
+        messenger = [sys.executable, "-m", "fslora_hf.federation.messenger", f"127.0.0.1:{options.port}"]
+        self._commands = [(command, environment(*TO_OTHERS)), (messenger, environment())]
+        self._processes: list[subprocess.Popen] = []
         self._key, self._patience = options.private_key, options.patience_s
         self._refused_since: float | None = None
         secured = "without TLS" if options.insecure else "over TLS"
@@ -89,7 +114,9 @@ class SuperNode:
     def _start(self) -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         self._started, self._again = time.monotonic(), None
-        self._process = subprocess.Popen(self._command, env={**os.environ, "PATH": path}, preexec_fn=_end_with_parent)
+        for command, variables in self._commands:
+            given = {**variables, "PATH": path}
+            self._processes.append(subprocess.Popen(command, env=given, preexec_fn=end_with_parent))
 
     def check(self) -> None:
         """Start it anew if it has ended; leave this process if it is not let in for too long."""
@@ -98,14 +125,18 @@ class SuperNode:
         if self._again is not None:
             if now >= self._again:
                 self._start()
-        elif self._process.poll() is not None:
-            self._take_up(now, settled)
+        elif (code := self._ended()) is not None:
+            self.stop()
+            self._take_up(now, settled, code)
         elif settled:
             self._refused_since = None
 
-    def _take_up(self, now: float, settled: bool) -> None:
-        """Start one that has ended anew, at once or after a pause."""
-        code = self._process.returncode
+    def _ended(self) -> int | None:
+        """The exit code of the one that has ended, if one has."""
+        return next((code for one in self._processes if (code := one.poll()) is not None), None)
+
+    def _take_up(self, now: float, settled: bool, code: int) -> None:
+        """Start what has ended anew, at once or after a pause."""
         if settled:
             logging.warning("The SuperNode has ended with exit code %d and is started anew.", code)
             self._start()
@@ -125,14 +156,11 @@ class SuperNode:
                 f"{self._key}.pub), or counts a node that has died as online for a minute or two.")  # fmt: skip
 
     def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait()
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, however that comes about (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.wait()
+        self._processes.clear()
 
 
 def main() -> None:
