@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, fields
 
 from trl import SFTConfig
 
-from .evaluation.results import PROTOCOLS
 from .methods import METHODS as METHOD_CLASSES
 from .refusals import contradictions, launcher_problems, meaningless, wrong_values
 from .settings import SettingsError, default_of, field_problems, is_a
+from .storage.result_files import PROTOCOLS
 
 METHODS = tuple(METHOD_CLASSES)
 RANK_DISTRIBUTIONS = ("homogeneous", "uniform", "normal", "heavy_tail_low")

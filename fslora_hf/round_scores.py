@@ -15,17 +15,16 @@ from .data.commonsense import COLUMNS
 from .data.prompts import options
 from .evaluation.outcomes import Scores
 from .evaluation.results import (
-    IN_LOOP,
     AdapterSource,
     Subject,
     adapter_digest,
     describe_model,
     make_results,
-    slug,
     write_results,
 )
 from .evaluation.runner import longest_row, make_protocol, score_rows
 from .processes import agree
+from .storage.result_files import IN_LOOP, slug
 
 if TYPE_CHECKING:
     from .trainer import FederatedSketchTrainer

@@ -21,7 +21,7 @@ from .checkpoint import (
 )
 from .clients import client_ranks
 from .config import FederatedSketchConfig
-from .evaluation.results import IN_LOOP, quantization_of, set_aside_later
+from .evaluation.results import quantization_of, set_aside_later
 from .feedback import check_waiting
 from .hub.fetch import fetch_round, parse_source, take_in
 from .hub.outbox import OUTBOX_NAME
@@ -29,6 +29,7 @@ from .ledger import LEDGER_NAME, keep_rounds
 from .methods import method_class
 from .rows import digest_rows
 from .storage.files import make_folder, write_text
+from .storage.result_files import IN_LOOP
 
 if TYPE_CHECKING:
     from .trainer import FederatedSketchTrainer

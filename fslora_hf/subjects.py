@@ -17,9 +17,9 @@ from torch import nn
 
 from .adapter import PEFT_PREFIX
 from .checkpoint import STATE_NAME, read_state
-from .evaluation.results import slug
 from .ledger import LEDGER_NAME
 from .settings import SettingsError, field_problems, sentence
+from .storage.result_files import slug
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

@@ -1,6 +1,8 @@
 """Imports go one way: each module of the package may use those of lower rows only (fslora_hf's architecture)."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,12 @@ def test_methods_and_sketches_know_tensors_only(path):
     for _, module in runtime_imports(path):
         for forbidden in ("transformers", "trl", "peft", "accelerate", "torch.distributed", "datasets"):
             assert not module.startswith(forbidden), f"{path.name} imports {module}"
+
+
+def test_what_pushes_or_ranks_starts_without_torch():
+    """It is torch and what brings it along that makes a start take seconds."""
+    slow = {"torch", "transformers", "peft", "trl"}
+    scripts = ["recipes.push", "recipes.push_results", "recipes.leaderboard", "fslora_hf.federation.client_app"]
+    code = f"import sys, {', '.join(scripts)}; print(sorted({slow} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import last_checkpoint
-from ..evaluation.results import IN_LOOP, RESULTS
 from ..launch import FIGURE_NAME
 from ..ledger import LEDGER_NAME, read_records
 from ..report import read_ledger, totals
 from ..run import IDENTITY_NAME
+from ..storage.result_files import IN_LOOP, RESULTS
 from .runs import PARTITION, Run
 
 # What two runs with one scoring have alike in their result files.

@@ -7,10 +7,10 @@ from itertools import product
 from typing import Any
 
 from ..config import FederatedSketchConfig
-from ..evaluation.results import slug
 from ..methods import method_class
 from ..recipe import ModelArguments, RecipeArguments, build_settings
 from ..settings import SettingsError, sentence
+from ..storage.result_files import slug
 from .arguments import RECIPE_TYPES, Comparison
 
 # Who has which rank is said by these together: a mapping that names one of them replaces all of those below it.

@@ -13,7 +13,7 @@ from types import NoneType
 from typing import Any
 
 from ..settings import did_you_mean, is_a, sentence
-from .results import FORMAT, PROTOCOLS, RESULTS
+from ..storage.result_files import FORMAT, PROTOCOLS, RESULTS
 
 METRICS = ("accuracy", "accuracy_norm", "format_validity")
 AVERAGE = "average"  # stands in place of a task in the scores

@@ -7,8 +7,7 @@ line a question.
 import hashlib
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,12 +22,9 @@ from transformers import PreTrainedModel
 from ..checkpoint import unused_name
 from ..data.prompts import prompt_hash
 from ..storage.files import make_folder, write_text
+from ..storage.result_files import FORMAT, OUTCOMES, RESULTS
 from .outcomes import Scores, rows_hash
 
-FORMAT = 1
-IN_LOOP = "eval_rounds"  # folder in output_dir of what is scored during training
-PROTOCOLS = ("loglikelihood", "generate")
-RESULTS, OUTCOMES = ".results.json", ".outcomes.jsonl"
 _PACKAGES = ("fslora_hf", "torch", "transformers", "peft", "datasets", "evaluate", "bitsandbytes")
 # What two evaluations must share to be the same one; names of places may differ.
 _DEFINING = ("protocol", "settings", "prompt_hash", "rows_hash")
@@ -189,11 +185,6 @@ def _base_digest(model: nn.Module) -> str:
         some = some if some.dtype in (torch.uint8, torch.int8) else some.float()
         digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def slug(parts: Sequence[str]) -> str:
-    """A file name out of some words."""
-    return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-.")
 
 
 def adapter_digest(tensors: Mapping[str, torch.Tensor]) -> str:

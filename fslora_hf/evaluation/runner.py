@@ -14,12 +14,12 @@ from transformers.utils.logging import tqdm
 from ..draws import permutation_prefix
 from ..processes import agree, gather, rank, world
 from ..quantized import keep_as_stored
+from ..storage.result_files import PROTOCOLS
 from .generation import Generate
 from .journal import Journal
 from .loglikelihood import Loglikelihood
 from .modes import merged, scoring
 from .outcomes import Outcome, Scores, summarise
-from .results import PROTOCOLS
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, hf_hub_download
 
 from ..checkpoint import SERVER_NAME, STATE_NAME, CheckpointError, read_state
-from ..evaluation.results import IN_LOOP, OUTCOMES, RESULTS
 from ..ledger import LEDGER_NAME, read_records
 from ..storage.disk_errors import START_AGAIN, WriteError, is_full, told
 from ..storage.files import sync_path, sync_tree
+from ..storage.result_files import IN_LOOP, OUTCOMES, RESULTS
 from .errors import HubError, check_token, scrub
 
 RESULTS_FOLDER = "results/"  # in the repository of a run

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.report import plot_accuracy, round_number
-from ..evaluation.results import RESULTS
 from ..ledger import LEDGER_NAME
 from ..report import plot_ledger, read_ledger
+from ..storage.result_files import RESULTS
 from .fetch import RESULTS_FOLDER
 from .outbox import Snapshot
 

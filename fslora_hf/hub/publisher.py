@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.constants import ENDPOINT
 
 from ..checkpoint import SERVER_NAME, write_state
-from ..evaluation.results import IN_LOOP, RESULTS, quantization_of
+from ..evaluation.results import quantization_of
 from ..ledger import LEDGER_NAME
 from ..report import read_ledger, totals
+from ..storage.result_files import IN_LOOP, RESULTS
 from .card import COMMONSENSE, CardContext, eval_results_yaml, render_card
 from .errors import HubError
 from .fetch import RESULTS_FOLDER, RESUMED

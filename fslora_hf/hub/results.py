@@ -13,7 +13,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from ..evaluation.entries import Entry, parse_entry, read_results
-from ..evaluation.results import RESULTS
+from ..storage.result_files import RESULTS
 from .errors import HubError, check_token, scrub
 from .fetch import RESULTS_FOLDER, check_name
 from .remote import within

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd
 
 from ..evaluation.entries import read_results
-from ..evaluation.results import OUTCOMES, RESULTS, slug
+from ..storage.result_files import OUTCOMES, RESULTS, slug
 from .errors import HubError
 from .results import SCHEME, ResultsRepository, check_size, said
 
