@@ -6,12 +6,13 @@ from trl import SFTConfig
 
 from .methods import METHODS as METHOD_CLASSES
 from .refusals import contradictions, launcher_problems, meaningless, wrong_values
-from .settings import SettingsError, default_of, field_problems, is_a
+from .settings import SettingsError, default_of, field_problems, is_a, said
 from .storage.result_files import PROTOCOLS
 
 METHODS = tuple(METHOD_CLASSES)
 RANK_DISTRIBUTIONS = ("homogeneous", "uniform", "normal", "heavy_tail_low")
 EVAL_PROTOCOLS = (*PROTOCOLS, "loss")
+_OF_SEVERAL_KINDS = {"resume_from_checkpoint", "accelerator_config"}  # the latter an object of accelerate's in a copy
 SERVER_OPTIMIZERS = ("sgd", "sgd_momentum", "adam", "adamw")
 
 
@@ -184,7 +185,7 @@ class FederatedSketchConfig(SFTConfig):
 
     def __post_init__(self):
         self._normalise()
-        problems = field_problems(self, besides={"resume_from_checkpoint"}) | wrong_values(self) | meaningless(self)
+        problems = field_problems(self, besides=_OF_SEVERAL_KINDS) | wrong_values(self) | meaningless(self)
         sentences = [*problems.values(), *contradictions(self, problems.keys())]
         launcher = launcher_problems(self)
         # The classes above check the rest, and must not stumble over what is already known to be wrong.
@@ -194,8 +195,8 @@ class FederatedSketchConfig(SFTConfig):
         try:
             if not launcher:  # with DeepSpeed asked for, the classes above would set it up
                 super().__post_init__()
-        except (ValueError, TypeError) as error:
-            raise SettingsError([*sentences, " ".join(str(error).split())]) from error
+        except Exception as error:  # whatever a value of another kind makes them stumble over
+            raise SettingsError([*sentences, *launcher, said(error)]) from None  # whose text may quote a secret
         if sentences or launcher:
             raise SettingsError(sentences + launcher)
 

@@ -9,12 +9,15 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import yaml
 from trl import ModelConfig, TrlParser
 
+from .common.foreign_text import foreign_text
+from .common.masking import is_secret_name, scrub
+from .common.strict_yaml import YamlFileError, read_yaml
 from .data.commonsense import check_tasks
 from .partition import SCHEME_OPTIONS
-from .settings import SettingsError, field_problems, is_a, sentence
+from .settings import SettingsError, field_problems, is_a, kind_of, named, said, sentence
+from .variables import variable_problems
 
 # Keys of older or other recipes, whose new name is not the most similar one.
 _RENAMED = {
@@ -174,19 +177,6 @@ class ModelArguments(ModelConfig):
             self.lora_target_modules = targets
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that remembers in `twice` which keys are given more than once; the last value would count silently."""
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.twice: list[str] = []
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        self.twice += sorted({str(key) for key in keys if keys.count(key) > 1})
-        return super().construct_mapping(node, deep)
-
-
 class _Parser(TrlParser):
     """TRL's parser, with errors raised instead of printed with 300 lines of usage."""
 
@@ -270,7 +260,7 @@ def _build(
         except SettingsError as error:
             problems += error.problems
         except (ValueError, TypeError) as error:
-            problems.append(str(error))
+            problems.append(said(error))
         else:
             known = f"a value that {each.__name__} can read"
             problems += [sentence(name, known, values[name], "correct it") for name in sorted(own & unconverted)]
@@ -323,41 +313,44 @@ def _command_line(
     try:
         given, unknown = parser.parse_known_args(args, argparse.Namespace(**dict.fromkeys(converters, absent)))
     except ValueError as error:  # from here on, flags and values cannot be told apart
-        raise SettingsError([f"Expected a value after its flag, found {error}: write --name value."]) from error
+        raise SettingsError([f"Expected a value after its flag, found {said(error)}: write --name value."]) from None
     del converters["help"], converters["config"]
-    flags = [text for text in unknown if text.startswith("--")] or unknown
+    flags = [text for text in unknown if text.startswith("--")]
     problems += [_unknown(flag.split("=")[0].lstrip("-"), converters, "on the command line") for flag in flags]
+    if unknown and not flags:  # words of no flag; after a token they may be its end
+        told = any(is_secret_name(text.split("=")[0]) for text in args if text.startswith("--"))
+        words = "a word that follows no flag" if told else foreign_text(" ".join(unknown), 60)
+        problems.append(f"Expected only settings that exist on the command line, found {words}: write --name value.")
     return converters, {name: value for name, value in vars(given).items() if value is not absent}
 
 
 def _from_file(path: str, known: Collection[str], problems: list[str]) -> dict[str, Any]:
     """The settings of a YAML file, once its `env` is set; what is wrong with its keys is added to `problems`."""
+    where = scrub(str(path))
     try:
-        with open(path, encoding="utf-8") as file:
-            loader = _StrictLoader(file)
-            values = loader.get_single_data()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        found = " ".join(str(error).split())
-        raise SettingsError([f"Expected a YAML file at {path}, found {found}: name another or correct it."]) from error
-    if not isinstance(values, dict):
+        values, twice = read_yaml(path)
+    except YamlFileError as error:
+        raise SettingsError([f"Expected a YAML file at {where}, found {error}: name another or correct it."]) from None
+    if not isinstance(values, dict):  # a line without its colon may be one with a token
         remedy = "write lines such as num_rounds: 10"
-        raise SettingsError([sentence(path, "a YAML mapping of settings to values", values, remedy)])
-    problems += [f"Expected {key} once in {path}, found it more often: keep one." for key in loader.twice]
-    environment = values.pop("env", None) or {}
-    if isinstance(environment, dict):
-        os.environ.update({str(name): str(value) for name, value in environment.items()})
-    else:
-        problems.append(
-            sentence("env", "a mapping of variables to values", environment, "indent NAME: value below env:")
+        raise SettingsError(
+            [f"Expected {where} to be a YAML mapping of settings to values, found {kind_of(values)}: {remedy}."]
         )
-    problems += [_unknown(name, known, f"in {path}") for name in values if name not in known]
+    problems += [f"Expected {named(key)} once in {where}, found it more often: keep one." for key in twice]
+    environment = values.pop("env", None)
+    found = list(variable_problems(environment))
+    if environment and not found:
+        os.environ.update({name: str(value) for name, value in environment.items()})
+    problems += found
+    problems += [_unknown(name, known, f"in {where}") for name in values if name not in known]
     return {name: value for name, value in values.items() if name in known}
 
 
 def _unknown(name: Any, known: Collection[str], where: str) -> str:
-    near = _RENAMED.get(name) or next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
+    key = name if isinstance(name, str) else str(name)
+    near = _RENAMED.get(key) or next(iter(difflib.get_close_matches(key[:60], known, n=1)), None)
     remedy = f"did you mean {near}?" if near else "remove it."
-    return f"Expected only settings that exist {where}, found {name}: {remedy}"
+    return f"Expected only settings that exist {where}, found {named(name)}: {remedy}"
 
 
 def _convert(values: dict[str, Any], name: str, convert: Callable | None) -> bool:

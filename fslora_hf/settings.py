@@ -1,33 +1,81 @@
 """Errors in settings: each a sentence, all of them reported together; and the checks that any dataclass can have."""
 
 import difflib
+import enum
 import numbers
 import os
 import reprlib
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
+from itertools import islice
 from typing import Any
+
+from .common.foreign_text import foreign_text
+from .common.masking import is_secret_name, mask, scrub, scrub_quoted
 
 # A list of a million ranks must not fill the screen.
 _brief = reprlib.Repr()
-_brief.maxlist, _brief.maxdict, _brief.maxstring, _brief.maxother = 8, 8, 200, 200
+_brief.maxlist, _brief.maxdict, _brief.maxstring, _brief.maxother, _brief.maxlevel = 8, 8, 200, 200, 3
+_LONGEST = 600  # characters of a value that a sentence shows
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_SEVERAL = {int: "integers", float: "numbers", bool: "true or false", str: "texts"}
 
 
 class SettingsError(ValueError):
     """All that is wrong with some settings: one sentence each in `problems`, one line each in the message."""
 
     def __init__(self, problems: list[str]):
-        self.problems = problems
+        self.problems = problems = [scrub(problem) for problem in problems]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__("\n- ".join([f"Expected settings that work, found {count}:", *problems]))
 
 
 def sentence(name: str, expected: str, found: Any, remedy: str) -> str:
     """The form of every settings error: what was expected, what was found and how to mend it."""
-    return f"Expected {name} to be {expected}, found {_brief.repr(getattr(found, 'value', found))}: {remedy}."
+    return f"Expected {scrub(name)} to be {expected}, found {shown(name, found)}: {remedy}."
+
+
+def shown(name: str, value: Any) -> str:
+    """A value as a sentence shows it: in brief, and of what may be a secret by its name only which kind it is."""
+    value = getattr(value, "value", value)  # an enumeration's
+    if is_secret_name(str(name).split(" ")[0]):  # "hub_token on the command line"
+        return kind_of(value)
+    if isinstance(value, (list, tuple, Mapping)):
+        few = islice(value.items(), 9) if isinstance(value, Mapping) else islice(value, 9)  # one more than is shown
+        value = mask(dict(few) if isinstance(value, Mapping) else type(value)(few) if type(value) is tuple else [*few])
+    try:
+        text = _brief.repr(value)
+    except ValueError:  # an integer of more digits than Python writes out
+        text = "a number of thousands of digits"
+    text = scrub_quoted(text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def said(error: BaseException) -> str:
+    """What another library's error says, on one line and without secrets; its type if it says nothing."""
+    text = foreign_text(scrub_quoted(str(error)[:2000]), _LONGEST)
+    return text if " " in text else f"{type(error).__name__} {text}".rstrip()
+
+
+def named(name: Any) -> str:
+    """A key of a file, in brief; one that is no word as YAML reads it may be a misplaced value."""
+    return scrub(foreign_text(name, 60)) if isinstance(name, (str, int, float)) or name is None else kind_of(name)
+
+
+def kind_of(value: Any) -> str:
+    """What kind of value it is, in words that tell nothing of it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return "a list"
+    for kind in (bool, float, str):
+        if is_a(value, kind):
+            return {bool: "true or false", float: "a number", str: "a text"}[kind]
+    return f"a {type(value).__name__}"
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
@@ -45,14 +93,15 @@ def field_problems(settings: Any, besides: Collection[str] = ()) -> dict[str, st
     """Values of a dataclass that miss the type or the `choices` of their field: field name -> sentence.
 
     A dataclass checks neither, and values from a YAML file do not pass through argparse's choices. Looks at fields of
-    type int, float, bool, str or a union of these and None, and at those with `choices`, save those in `besides`.
+    type int, float, bool, str, lists of these, mappings and enumerations, or a union of such and None, and at those
+    with `choices`, save those in `besides`.
     """
     problems, hints = {}, typing.get_type_hints(type(settings))
     for each in (each for each in fields(settings) if each.name not in besides):
         value, choices = getattr(settings, each.name), list(each.metadata.get("choices", ()))
-        kinds = _plain_kinds(hints[each.name])
-        if kinds and not any(is_a(value, kind) for kind in kinds):
-            expected = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
+        kinds = _known_kinds(hints[each.name])
+        if kinds and not any(_fits(value, kind) for kind in kinds):
+            expected = " or ".join(dict.fromkeys(_expectations(kinds)))
             remedy = f"write {expected}" + (" without quotes" if isinstance(value, str) else "")
             problems[each.name] = sentence(each.name, expected, value, remedy)
         elif choices and value is not None and value not in choices:
@@ -69,18 +118,51 @@ def is_a(value: Any, kind: type) -> bool:
     return isinstance(value, (str, os.PathLike) if kind is str else kind)
 
 
-def _plain_kinds(hint: Any) -> tuple[type, ...]:
-    """The members of a type hint if all are plain (`int | None` -> int, NoneType), else nothing."""
+def written(settings: Any) -> dict[str, Any]:
+    """All settings of a dataclass of transformers as they may be written into a file: without secrets."""
+    values = settings.to_dict()  # which has no tokens, not even those that are words of a vocabulary
+    words = {name for name in values if name.endswith("_token") and not is_secret_name(name)}
+    return mask(values | {name: getattr(settings, name) for name in words})
+
+
+def _known_kinds(hint: Any) -> tuple[Any, ...]:
+    """The members of a type hint if all are known here (`int | None` -> int, NoneType), else nothing."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = typing.get_args(hint) if is_union else (hint,)
-    return kinds if all(kind in _KINDS or kind is types.NoneType for kind in kinds) else ()
+    return kinds if all(_is_known(kind) for kind in kinds) else ()
 
 
-def mask_tokens(values: Any, name: str = "") -> Any:
-    """Settings as they may be written down: texts whose name ends in `token`, at any depth, are masked."""
-    if isinstance(values, dict):
-        return {key: mask_tokens(value, str(key)) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [mask_tokens(value) for value in values]
-    is_secret = isinstance(values, str) and name.lower().endswith("token") and not values.startswith("<")
-    return f"<{name.upper()}>" if is_secret else values
+def _is_known(kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        return all(each in _KINDS or _is_enumeration(each) for each in inner)
+    if kind in _KINDS or kind in (types.NoneType, dict) or origin is dict:
+        return True
+    return _is_enumeration(kind) or (origin is typing.Literal and inner == (False,))
+
+
+def _is_enumeration(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(any(_fits(each, one) for one in inner) for each in value)
+    if origin is typing.Literal:
+        return value is False
+    return is_a(value, dict if origin is dict else kind)
+
+
+def _expectations(kinds: Iterable[Any]) -> Iterator[str]:
+    """What the values of these kinds are called."""
+    for kind in kinds:
+        origin, inner = typing.get_origin(kind), typing.get_args(kind)
+        if origin is list:
+            yield f"a list of {_SEVERAL.get(inner[0], 'texts')}"
+        elif kind is dict or origin is dict:
+            yield "a mapping"
+        elif origin is typing.Literal:
+            yield "false"
+        elif kind is not types.NoneType:
+            yield _KINDS.get(kind, "a text")

@@ -62,7 +62,7 @@ from .round_scores import RoundScorer
 from .rows import column_to_numpy, drop_unscored, fit_rows
 from .schedule import round_schedule
 from .server import ServerState
-from .settings import mask_tokens
+from .settings import written
 from .storage.disk_errors import RESUME, told
 from .storage.files import whole_files
 from .storage.locks import held
@@ -611,7 +611,7 @@ class FederatedSketchTrainer(SFTTrainer):
         if method_class(self.args.method).folds:
             FoldedBase.of(self.model).save(folder / FOLDED_NAME)
         self.processing_class.save_pretrained(str(folder))
-        values = {**mask_tokens(self.args.to_dict()), "per_device_train_clients": self.layout.block_size}
+        values = {**written(self.args), "per_device_train_clients": self.layout.block_size}
         arguments = json.dumps(values, indent=2, default=_plain)
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
 

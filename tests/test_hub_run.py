@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from fslora_hf.common.masking import mask
 from fslora_hf.hub.outbox import OUTBOX_NAME, Outbox
-from fslora_hf.settings import mask_tokens
 from tests import tiny
 from tests.hub_calls import READS, WRITES
 from tests.hub_runs import LORA, ROUNDS, RUN, check_rounds, send, train
@@ -194,7 +194,7 @@ def test_push_to_hub_sends_what_is_missing(hub, users, on_client, tmp_path):
 
 def test_tokens_in_nested_settings_stay_here(hub, users, on_client, tmp_path):
     secret = {"lr_scheduler_kwargs": {"token": "hf_secretsecret", "deep": [{"hub_token": "hf_secretsecret"}]}}
-    assert mask_tokens(secret) == {"lr_scheduler_kwargs": {"token": "<TOKEN>", "deep": [{"hub_token": "<HUB_TOKEN>"}]}}
+    assert mask(secret) == {"lr_scheduler_kwargs": {"token": "<TOKEN>", "deep": [{"hub_token": "<HUB_TOKEN>"}]}}
     on_client(train, str(tmp_path / "run"), model_init_kwargs={"token": "hf_secretsecret"}, num_rounds=2)
     files = hub.find("user/run").files("round-0002")
     assert b'"token": "<TOKEN>"' in files["training_args.json"]

@@ -128,7 +128,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_one_and_every_other_problem(pr
     expected = [
         "Expected only settings that exist on the command line, found clientz: did you mean num_clients?",
         f"Expected seed once {where}, found it more often: keep one.",
-        "Expected env to be a mapping of variables to values, found ['A']: indent NAME: value below env:.",
+        "Expected env to be a mapping of variables to values, found a list: indent NAME: value below env:.",
         f"Expected only settings that exist {where}, found clients_per_rounds: did you mean clients_per_round?",
         f"Expected only settings that exist {where}, found torch_dtype: did you mean dtype?",
         f"Expected only settings that exist {where}, found zzzzzzzzzz: remove it.",

@@ -217,7 +217,7 @@ def _config_of(own: list[str]) -> str:
 
 def _find(name: str, beside: Path, what: str, problems: list[str]) -> Path | None:
     """A file named as seen from the working directory, or from the folder `beside`."""
-    found = next((path for path in (Path(name), beside / name) if path.is_file()), None)
+    found = next((path for path in (Path(name), beside / name) if os.path.isfile(path)), None)  # also of odd names
     if found is None:
         places = f"a file here or in {os.path.normpath(beside)}"
         problems.append(sentence(what, places, name, "correct the path"))

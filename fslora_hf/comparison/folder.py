@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..settings import default_of
+from ..settings import default_of, shown
 from ..storage.files import make_folder, write_text
 from ..storage.locks import LOCK_NAME, held
 from .arguments import RECIPE_TYPES
@@ -22,7 +22,7 @@ NEUTRAL = set(
     (
         "output_dir logging_dir logging_steps logging_strategy logging_first_step disable_tqdm report_to run_name "
         "save_rounds save_total_limit per_device_train_clients per_device_eval_batch_size dataloader_num_workers "
-        "dataloader_pin_memory use_cpu log_level push_to_hub hub_model_id"
+        "dataloader_pin_memory use_cpu log_level push_to_hub hub_model_id hub_token"
     ).split()
 )
 _DEFAULTS = {each.name: each for kind in RECIPE_TYPES for each in fields(kind)}
@@ -117,5 +117,5 @@ def _differing(saved: dict[str, Any], described: dict[str, Any]) -> list[str]:
         default = default_of(_DEFAULTS[name]) if name in _DEFAULTS else None
         old, new = before.get(name, default), now.get(name, default)
         if old != new:
-            texts.append(f"{name} was {old!r} and is {new!r}")
+            texts.append(f"{name} was {shown(name, old)} and is {shown(name, new)}")
     return texts

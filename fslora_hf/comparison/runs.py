@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from ..common.masking import find_secrets
 from ..config import FederatedSketchConfig
 from ..methods import method_class
 from ..recipe import ModelArguments, RecipeArguments, build_settings
@@ -120,6 +121,7 @@ def _settings(comparison: Comparison, variant: Variant, seed: int, name: str) ->
         settings.pop("upload_budget", None)  # a recipe's own
     else:
         settings["upload_budget"] = arguments.upload_megabytes
+    settings.pop("hub_token", None)  # runs push nothing, and their recipes are written down
     return settings | {
         "method": variant.method,
         "seed": seed,
@@ -132,6 +134,11 @@ def _settings(comparison: Comparison, variant: Variant, seed: int, name: str) ->
 
 def _problems(run: Run, equal_bytes: bool) -> Iterator[str]:
     """What a recipe may say and a comparison may not."""
+    for name in find_secrets(run.settings):
+        yield (
+            f"Expected no secret in a comparison, which writes the recipes of its runs down, found one at {name}: "
+            "remove it, and log in with 'hf auth login' or set HF_TOKEN."
+        )
     if method_class(run.args.method).full_rank_only and not _all_at_global_rank(run):
         yield (
             f"Expected every client to have the global rank {run.model.lora_r} with method={run.args.method}, found "

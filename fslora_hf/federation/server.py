@@ -80,7 +80,14 @@ class FederationArguments:
 def read_recipe(federation: FederationArguments) -> dict[str, Any]:
     """The recipe's settings with the overrides in their place, as plain values."""
     values = read_file(RECIPE_TYPES, federation.recipe)
-    return values | read_flags(RECIPE_TYPES, shlex.split(federation.overrides))
+    try:
+        words = shlex.split(federation.overrides)
+    except ValueError:  # whose text may be a token's
+        remedy = "close every quotation"
+        raise SettingsError(
+            [f"Expected overrides to be words of a command line, found no end of one: {remedy}."]
+        ) from None
+    return values | read_flags(RECIPE_TYPES, words)
 
 
 def check_recipe(args: FederatedSketchConfig, min_clients: int) -> Iterator[str]:

@@ -11,10 +11,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from ..common import masking
 from ..storage.disk_errors import WriteError
 
 LENGTH = 200  # characters of the Hub's own words that a sentence repeats
-_TOKEN = re.compile(r"hf_\w{6,}")
 _QUOTA = re.compile(r"\b(quota|storage|limit|payment|exceed\w*|too large)\b", re.IGNORECASE)
 
 
@@ -37,7 +37,7 @@ def scrub(text: str, token: str | None = None) -> str:
     """The text without the token that was given, the one of this machine's login and all that looks like one."""
     for secret in filter(None, (token, get_token())):
         text = text.replace(secret, "***")
-    return _TOKEN.sub("***", text)
+    return masking.scrub(text)
 
 
 def check_token(token: str | None) -> None:

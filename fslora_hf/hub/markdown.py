@@ -3,10 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from ..common.masking import scrub, scrub_quoted
 from ..evaluation.tables import escape_markdown
-
-_TOKEN_OPTION = re.compile(r"""(--[\w-]*tok[\w-]*[=\s]+)('[^']*'|"[^"]*"|\S+)""")
-_TOKEN = re.compile(r"hf_\w{8,}")
 
 
 def one_line(text: str) -> str:
@@ -16,7 +14,7 @@ def one_line(text: str) -> str:
 
 def without_tokens(command: str) -> str:
     """A command line with the variable HF_TOKEN in place of every token."""
-    return _TOKEN.sub("$HF_TOKEN", _TOKEN_OPTION.sub(r"\1$HF_TOKEN", command))
+    return scrub_quoted(command, "$HF_TOKEN")
 
 
 def table(lines: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -27,8 +25,8 @@ def table(lines: Iterable[Sequence[str]], left: int = 1) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of the user's that stays text in a line or a cell."""
-    return escape_markdown(one_line(text))
+    """Text of the user's that stays text in a line or a cell, and holds no token."""
+    return escape_markdown(scrub(one_line(text)))
 
 
 def fenced(code: str, language: str) -> str:
