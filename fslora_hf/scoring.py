@@ -24,7 +24,6 @@ from .evaluation.results import (
     find_results,
     identity,
     make_results,
-    slug,
     versions,
     write_results,
 )
@@ -33,6 +32,7 @@ from .folding import folded_base
 from .processes import agree, world
 from .quantized import keep_as_stored
 from .recipe import ModelArguments
+from .storage.result_files import slug
 from .subjects import EvaluationArguments, FoundAdapter, check_base_name, check_base_shapes, find_adapters
 
 logger = logging.getLogger(__name__)
