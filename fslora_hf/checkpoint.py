@@ -106,8 +106,24 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def rotate(output_dir: str | Path, keep: int | None) -> None:
+def find_round(output_dir: str | Path, round: int, run: Mapping[str, Any]) -> Path | None:
+    """The finished checkpoint of so many rounds of a run, if there is one; it may have made room for another of the
+    same name."""
+    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: (not _NAME.fullmatch(path.name), path))
+    for folder in folders:
+        try:
+            state = read_state(folder, verify=False)
+            if state["round"] == round and state["run"] == run:
+                return folder
+        except (CheckpointError, KeyError):
+            continue
+    return None
+
+
+def rotate(output_dir: str | Path, keep: int | None, best: int | None = None) -> None:
     """Remove all but the `keep` checkpoints with the most rounds; None or 0 keeps all.
+
+    The one of round `best` stays, too, in place of the oldest that would, but never of the latest.
 
     By rounds, unlike the Trainer's own rotation: steps in folder names depend on the layout of processes. A folder is
     renamed before its files go, so that a crash leaves no checkpoint with files missing.
@@ -115,7 +131,11 @@ def rotate(output_dir: str | Path, keep: int | None) -> None:
     folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
     finished = [folder for folder in folders if (folder / STATE_NAME).is_file()]
     finished.sort(key=lambda folder: read_state(folder, verify=False)["round"], reverse=True)
-    for folder in finished[keep:] if keep else ():
+    staying = finished[: keep or None]
+    spared = [folder for folder in finished if read_state(folder, verify=False)["round"] == best]
+    if spared and spared[0] not in staying:
+        staying = [*(staying[:-1] or staying), *spared]
+    for folder in (folder for folder in finished if folder not in staying):
         leaving = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(leaving, ignore_errors=True)
         os.replace(folder, leaving)

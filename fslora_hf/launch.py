@@ -128,6 +128,7 @@ def _report(trainer: FederatedSketchTrainer, evaluation: dict[int, float] | None
     output_dir = Path(trainer.args.output_dir)
     plot_ledger(rounds, output_dir / FIGURE_NAME, evaluation, title=f"{trainer.args.method}, {len(rounds)} rounds")
     table = ledger_table(rounds, every=max(1, len(rounds) // 20))
+    table += f"\n\n{trainer.best_told}" if trainer.best_told else ""
     pushed = trainer.publisher and trainer.publisher.report
     return table if pushed is None else f"{table}\n\nOn the Hub\n{pushed}"
 

@@ -61,7 +61,6 @@ REFUSED = {
     "max_steps": _LENGTH,
     "hub_strategy": "rounds are pushed, each whole, so remove it and set push_rounds",
     "hub_always_push": "every chosen round is pushed, whatever is under way, so remove it",
-    "load_best_model_at_end": "a run ends with its last round, so remove it and load the checkpoint of another round",
     "ignore_data_skip": _PLAN,
     "train_sampling_strategy": _PLAN,
     "shuffle_dataset": _PLAN,
@@ -164,6 +163,9 @@ def _wrong_ranks(args: Any) -> dict[str, str]:
 
 def contradictions(args: Any, known_wrong: Set[str]) -> Iterator[str]:
     """Settings that are right one by one and wrong together, `known_wrong` left alone."""
+    if args.load_best_model_at_end is True and args.eval_rounds == 0:
+        remedy = "set it, so that there are rounds to choose from"
+        yield sentence("eval_rounds", "above 0 with load_best_model_at_end", args.eval_rounds, remedy)
     yield from _rank_contradictions(args, known_wrong)
     if "method" not in known_wrong:
         method = method_class(args.method)

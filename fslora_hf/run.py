@@ -65,6 +65,8 @@ def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
         values |= {
             "server_learning_rate": args.resolved_server_learning_rate,
             "error_feedback": args.error_feedback or None,
+            "metric_for_best_model": args.metric_for_best_model,
+            "greater_is_better": args.greater_is_better,
             "clients": len(trainer.client_index),
             "clients_per_round": trainer.cohort_size,
             "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,

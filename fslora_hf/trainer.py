@@ -1,6 +1,7 @@
 """`FederatedSketchTrainer`: a whole federated run as one `Trainer.train()`.
 
-Every override of a private hook of the Trainer is in this file, and was checked on transformers 5.23.0 and trl 1.16.0.
+Every override of a private hook of the Trainer is in this file or in best_round.py, and was checked on transformers
+5.23.0 and trl 1.16.0.
 """
 
 import copy
@@ -28,6 +29,14 @@ from trl.trainer.utils import global_then_local_main_first
 from . import host_memory, run
 from .adapter import PEFT_PREFIX, ClientStack, global_pair, save_client_adapter, widen_adapter
 from .adapter_checks import check_fold, check_layers
+from .best_round import (
+    BETWEEN_RUNS,
+    BestRound,
+    KeepsBestRound,
+    best_problems,
+    evaluations_at_epochs,
+    has_stopped,
+)
 from .block_size import fit_block
 from .callbacks import RoundCallback, RoundProgressCallback
 from .checkpoint import FEEDBACK_NAME, SERVER_NAME, read_state, rotate, whole_folder
@@ -85,7 +94,7 @@ def _shaped_as(parameter: torch.Tensor, fresh: Any) -> Any:
     return copy.deepcopy(fresh)
 
 
-class FederatedSketchTrainer(SFTTrainer):
+class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
     """TRL's SFTTrainer for federated LoRA over clients of different ranks.
 
     One call of `train()` runs all rounds. In each, a cohort of clients trains sketches of the global adapter, which is
@@ -139,6 +148,7 @@ class FederatedSketchTrainer(SFTTrainer):
         own = sum(isinstance(callback, RoundCallback) for callback in callbacks)
         problems = check_trainer_arguments(args, train_dataset, model, lora, eval_dataset, unsupported)
         raise_together([*check_round_callbacks(own or 1), *problems])
+        raise_together(best_problems(args, callbacks, eval_dataset, compute_metrics))
         raise_together(check_columns(args, train_dataset, formatting_func))
         raise_together(check_fold(args.method, quantization_config is not None))
         given = ClientIndex.from_column(column_to_numpy(train_dataset, args.client_id_column), args.client_id_column)
@@ -187,6 +197,7 @@ class FederatedSketchTrainer(SFTTrainer):
         self._joining = StepCost.of(base) if joins else None
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoundProgressCallback())
+        self._best = BestRound()
         self._bind_callbacks()
         self._plan_rounds(ClientIndex.from_column(prepared_ids), lora.r)
         self._engine: RoundEngine | None = None
@@ -200,7 +211,8 @@ class FederatedSketchTrainer(SFTTrainer):
             if isinstance(callback, (RoundCallback, RoundProgressCallback)):
                 callback.trainer = self
         own = [callback for callback in callbacks if isinstance(callback, RoundCallback)]
-        raise_together(check_round_callbacks(len(own)))
+        lacking = best_problems(self.args, callbacks, self.eval_dataset, self.compute_metrics)
+        raise_together([*check_round_callbacks(len(own)), *lacking])
         (self._round_callback,) = own
 
     def _plan_rounds(self, index: ClientIndex, global_rank: int) -> None:
@@ -257,7 +269,8 @@ class FederatedSketchTrainer(SFTTrainer):
             if self.args.per_device_train_clients == AUTO:
                 self._lay_out(agree(lambda: run.saved_block(checkpoint)) or self._fit_block())
             self._open_run()
-            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            with evaluations_at_epochs(self.args):
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
             ended = True
             return output
         except Exception as error:
@@ -321,10 +334,11 @@ class FederatedSketchTrainer(SFTTrainer):
 
     @property
     def run_ends(self) -> bool:
-        """Whether the round that is just over is the run's last: all are done, or the budget of uploads is used up."""
+        """Whether the round that is just over is the run's last: all are done, the budget of uploads is used up, or
+        nothing has improved for as long as EarlyStoppingCallback waits."""
         budget = self.args.upload_budget
         spent = budget is not None and self._bytes_up >= budget * 1e6
-        return spent or self.rounds_done == self.args.num_rounds
+        return spent or self.rounds_done == self.args.num_rounds or has_stopped(self)
 
     @property
     def rounds_left(self) -> int:
@@ -509,9 +523,10 @@ class FederatedSketchTrainer(SFTTrainer):
     def log(self, logs, start_time=None):
         # The run's last log tells of the steps since the one before, also if an evaluation came in between.
         if "train_runtime" in logs and self.state.global_step > self._globalstep_last_logged:
-            told: dict[str, Any] = {}
-            self._tell_tokens(told)
-            logs.update({name: value for name, (value,) in told.items()})
+            counted: dict[str, Any] = {}
+            self._tell_tokens(counted)
+            logs.update({name: value for name, (value,) in counted.items()})
+        logs |= self._best.logged(logs)
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model):
@@ -583,6 +598,7 @@ class FederatedSketchTrainer(SFTTrainer):
         if self.state.global_step != step and (step == 0 or target.exists()):
             return
         self.store_flos()
+        self._best.remember(self)
         with told(Path(self.args.output_dir) / "README.md", RESUME):
             self.create_model_card(model_name=Path(self.args.output_dir).name)
         self._publish()  # before the checkpoint: a run that is killed in between does the round again, and pushes it
@@ -593,7 +609,7 @@ class FederatedSketchTrainer(SFTTrainer):
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 if self._feedback is not None:
                     self._feedback.link_into(folder, self.rounds_done)
-            rotate(self.args.output_dir, self.args.save_total_limit)
+            rotate(self.args.output_dir, self.args.save_total_limit, self._best.round)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.args.should_save:
@@ -611,18 +627,28 @@ class FederatedSketchTrainer(SFTTrainer):
         if method_class(self.args.method).folds:
             FoldedBase.of(self.model).save(folder / FOLDED_NAME)
         self.processing_class.save_pretrained(str(folder))
-        values = {**written(self.args), "per_device_train_clients": self.layout.block_size}
+        values = {**written(self.args), **BETWEEN_RUNS, "per_device_train_clients": self.layout.block_size}
         arguments = json.dumps(values, indent=2, default=_plain)
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder = Path(resume_from_checkpoint)
+    def load_adapter(self, folder: Path) -> None:
+        """Take the global adapter from a checkpoint, and the base where the method changes it."""
         saved = load_file(folder / "adapter_model.safetensors")
         for side, tensors in zip("AB", global_pair(self.model), strict=True):
             for name, tensor in tensors.items():
                 tensor.data.copy_(saved[f"{PEFT_PREFIX}{name}.lora_{side}.weight"])
         if method_class(self.args.method).folds:
             FoldedBase.of(self.model).load(folder / FOLDED_NAME)
+
+    def learned_tensors(self) -> list[torch.Tensor]:
+        """What `load_adapter` writes to."""
+        A, B = global_pair(self.model)
+        folded = FoldedBase.of(self.model).weights if method_class(self.args.method).folds else {}
+        return [*A.values(), *B.values(), *folded.values()]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder = Path(resume_from_checkpoint)
+        self.load_adapter(folder)
         self._engine.server.load(folder / SERVER_NAME)
         if self._feedback is not None:
             agree(lambda: self._feedback.restore(folder))
@@ -636,6 +662,7 @@ class FederatedSketchTrainer(SFTTrainer):
         # The checkpoint's round counts, not its step, which another layout of processes and blocks may have written.
         self.state.global_step = self.rounds_done * self.layout.steps_per_round
         self.state.epoch = float(self.rounds_done)
+        self._best.recall(self)
         if self.args.upload_budget is not None and self.rounds_done:
             self._bytes_up = agree(lambda: sum(record["bytes_up"] for record in read_records(self.ledger_path)))
         self._publish(resumed=True)

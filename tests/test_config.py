@@ -130,9 +130,9 @@ REFUSALS = [
         "rounds are pushed, each whole, so remove it and set push_rounds.",
     ),
     (
-        {"load_best_model_at_end": True},
-        "load_best_model_at_end to be left at False, found True: "
-        "a run ends with its last round, so remove it and load the checkpoint of another round.",
+        {"load_best_model_at_end": True, "eval_rounds": 0},
+        "eval_rounds to be above 0 with load_best_model_at_end, found 0: "
+        "set it, so that there are rounds to choose from.",
     ),
     (
         {"save_only_model": True},

@@ -19,6 +19,7 @@ ROWS = [
     {"loader", "engine", "block_size", "targets", "recipe", "hub", "folding"},
     {"adapter_checks"},
     {"run", "callbacks", "round_scores", "subjects", "checks"},
+    {"best_round"},
     {"trainer"},
     {"launch", "scoring"},
     {"comparison", "federation"},

@@ -8,6 +8,8 @@ test forks. A job:
     lora              arguments of tiny.lora_config
     dtype             "float64" or "float32"
     resume            resume from the last complete checkpoint
+    evaluated         evaluate on other tiny rows
+    patience          of an EarlyStoppingCallback
     result            path; this process's final global adapter is written to `<result>.<rank>.safetensors`, or what
                       train() refused to do, to `<result>.error`; how many steps it took, to `<result>.steps`
     operations        path; the disk operations of the watched round are written there, one a line
@@ -27,7 +29,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fslora_hf.config import FederatedSketchConfig
 from fslora_hf.processes import leave
@@ -41,13 +43,21 @@ SMALL = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "lr_scheduler_
 
 
 def build(
-    output_dir, args: dict, lora: dict | None = None, *, dtype=torch.float64, dataset=None, callbacks=None
+    output_dir,
+    args: dict,
+    lora: dict | None = None,
+    *,
+    dtype=torch.float64,
+    dataset=None,
+    callbacks=None,
+    eval_dataset=None,
 ) -> FederatedSketchTrainer:
     """A trainer on the tiny model; `args` are fields of FederatedSketchConfig beyond the defaults above."""
     return FederatedSketchTrainer(
         model=tiny.base_model(dtype),
         args=FederatedSketchConfig(output_dir=str(output_dir), **{**QUIET, **SMALL, **args}),
         train_dataset=tiny.tokenised() if dataset is None else dataset,
+        eval_dataset=eval_dataset,
         processing_class=tiny.tokenizer(),
         peft_config=tiny.lora_config(**(lora or {})),
         callbacks=callbacks,
@@ -58,7 +68,12 @@ def run(job: dict) -> None:
     disk = DiskOperations(job["output_dir"], (job.get("kill") or {}).get("operation"))
     killer = Killer(job.get("kill") or {}, disk, job.get("watch") or [0, 0])
     trainer = build(
-        job["output_dir"], job["args"], job.get("lora"), dtype=getattr(torch, job["dtype"]), callbacks=[killer]
+        job["output_dir"],
+        job["args"],
+        job.get("lora"),
+        dtype=getattr(torch, job["dtype"]),
+        callbacks=[killer, *([EarlyStoppingCallback(job["patience"])] if "patience" in job else [])],
+        eval_dataset=tiny.tokenised(seed=5) if job.get("evaluated") else None,
     )
     disk.armed = killer.watch[0] < 0
     try:

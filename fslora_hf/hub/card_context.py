@@ -50,6 +50,7 @@ class CardContext:
         plots: title -> path in the repository.
         pushed_rounds: the earlier rounds that have a tag.
         command: that made the run; tokens in it are masked.
+        best: in words, which of the evaluated rounds is the best so far and by what; None if none was chosen.
         license: the card's, unless someone wrote another into the card.
         endpoint: the Hub's address, for links.
         simulated: whether clients were not machines of their own.
@@ -78,6 +79,7 @@ class CardContext:
     plots: Mapping[str, str] = field(default_factory=dict)
     pushed_rounds: Collection[int] = ()
     command: str | None = None
+    best: str | None = None
     license: str | None = None
     citation: str = CITATION
     endpoint: str = "https://huggingface.co"

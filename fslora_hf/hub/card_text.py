@@ -113,6 +113,7 @@ def _facts(context: CardContext) -> str:
         "clients": f"{context.num_clients:,}, of ranks {plain(context.client_ranks)}",
         "a round": f"{count(context.clients_per_round, 'client')}, {count(context.local_steps, 'local step')} each",
         "rounds": f"{context.rounds_done:,} of {context.num_rounds:,}",
+        **({"best round": plain(context.best)} if context.best else {}),
         "bytes moved": _moved(total),
         "refused updates": f"{total['refused']:,}" if total["refused"] else "none",
         "training time": duration(total["seconds"]),

@@ -189,6 +189,7 @@ class RoundPublisher:
             rounds_done=trainer.rounds_done,
             num_rounds=args.num_rounds,
             totals=totals(rounds),
+            best=trainer.best_words,
             results=results,
             benchmarks=COMMONSENSE if facts.pop("commonsense", False) else {},
             plots=plots,
