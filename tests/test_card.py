@@ -106,6 +106,9 @@ def test_the_facts_of_a_run():
     ):
         assert text in card, text
     assert "## Scores" not in card and "## Plots" not in card and "## Reproduce" not in card
+    assert "best" not in card
+    best = render_card(replace(CONTEXT, best="5, by eval_loss 1.25"))
+    assert table_row(best, "best&nbsp;round") == ["5, by eval\\_loss 1.25"]
 
 
 def test_the_citation_is_the_readmes():
