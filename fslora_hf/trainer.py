@@ -51,6 +51,7 @@ from .checks import (
 from .clients import ClientIndex
 from .compression import TopK
 from .config import FederatedSketchConfig
+from .data.tokens import tokenise_texts
 from .draws import seed_from
 from .engine import RoundEngine
 from .feedback import ErrorFeedback
@@ -425,6 +426,10 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
         # TRL's truncation cuts answers and drops what it emptied without a word, so it is given no length to cut to.
         uncut = copy.copy(args)
         uncut.max_length = None
+        with global_then_local_main_first():
+            if formatting_func is None and not args.assistant_only_loss:
+                texts = args.dataset_text_field, self.completion_only_loss
+                dataset = tokenise_texts(dataset, processing_class, *texts, dataset_name, args.dataset_num_proc)
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
         with global_then_local_main_first():
             bos = self._tokenizer.bos_token_id

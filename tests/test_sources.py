@@ -1,6 +1,8 @@
 """Rows by where they come from: files, folders, saved data sets, and the published layout in any of them."""
 
+import errno
 import json
+import os
 import re
 
 import pytest
@@ -9,6 +11,7 @@ from datasets import Dataset, DatasetDict
 from fslora_hf.data import load_commonsense, render_completion, render_prompt
 from fslora_hf.data.sources import load_rows
 from fslora_hf.data.templates import published_row
+from fslora_hf.storage.disk_errors import WriteError
 
 pytest_plugins = ("tests.hub_client",)
 
@@ -193,3 +196,20 @@ def test_what_is_neither_a_folder_nor_on_the_hub():
         OSError, match="^Expected user/rows to be .*, found .*OfflineMode.*: correct the name, or load it once"
     ):
         load_rows("user/rows", "train")
+
+
+def test_a_full_disk_is_not_taken_for_damage(tmp_path, monkeypatch):
+    """Rows are copied into the cache of `datasets`, whose writer wraps what it met in an error of its own."""
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", full)
+    for source in (tmp_path / "train.jsonl", tmp_path):
+        with pytest.raises(
+            WriteError,
+            match="^Expected to write the cache of datasets, .*, found 'No space left on device': make room, and start "
+            "again, or set HF_DATASETS_CACHE to another.$",
+        ):
+            load_rows(str(source), "train")

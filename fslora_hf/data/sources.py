@@ -1,5 +1,7 @@
 """Rows by the name of where they come from."""
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,10 +9,12 @@ from datasets import (
     Dataset,
     DatasetDict,
     concatenate_datasets,
+    config,
     load_dataset,
     load_from_disk,
 )
 
+from ..storage.disk_errors import WriteError, is_full
 from .commonsense import (
     COLUMNS,
     FIELDS,
@@ -102,6 +106,7 @@ def _load_splits(source: str) -> dict[str, Dataset]:
     try:
         splits = load_dataset(source)
     except Exception as error:  # each reader, and the Hub's client, raises types of its own
+        _tell_full_disk(error)
         raise OSError(
             f"Expected {source} to be a folder of rows or a data set of the Hub, found {reason(error)}: correct the "
             "name, or load it once where the Hub can be reached."
@@ -122,9 +127,22 @@ def _load_file(path: Path) -> dict[str, Dataset]:
     try:
         return {split: load_dataset(_READERS[path.suffix], data_files={split: str(path)}, split=split)}
     except Exception as error:  # each reader raises types of its own
+        _tell_full_disk(error)
         raise ValueError(
             f"Expected {path} to hold rows as {path.suffix[1:]}, found {reason(error)}: correct the file."
         ) from error
+
+
+def _tell_full_disk(error: Exception) -> None:
+    """Rows are read into the cache of `datasets`; no correction of theirs mends a disk that is full.
+
+    Raises:
+        WriteError: that is behind the error.
+    """
+    if is_full(error):
+        cache = f"the cache of datasets, {config.HF_DATASETS_CACHE}"
+        found = os.strerror(errno.ENOSPC)
+        raise WriteError.of(errno.ENOSPC, cache, found, "start again, or set HF_DATASETS_CACHE to another") from error
 
 
 def _split_of(name: str) -> str:
