@@ -205,11 +205,11 @@ def test_a_full_disk_is_not_taken_for_damage(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", full)
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.finalize", full)
     for source in (tmp_path / "train.jsonl", tmp_path):
         with pytest.raises(
             WriteError,
-            match="^Expected to write the cache of datasets, .*, found 'No space left on device': make room, and start "
-            "again, or set HF_DATASETS_CACHE to another.$",
+            match="^Expected to write the cache of datasets, .*, found 'No space left on device': make room, and "
+            "start again, or set HF_DATASETS_CACHE to another.$",
         ):
             load_rows(str(source), "train")
