@@ -17,6 +17,7 @@ from .partition import partition
 from .processes import rank
 from .recipe import ModelArguments, RecipeArguments
 from .report import ledger_table, plot_ledger, read_ledger
+from .run import OccupiedError, refuse_occupied
 from .storage.disk_errors import WriteError
 from .storage.locks import FolderInUse, held
 from .trainer import FederatedSketchTrainer
@@ -97,15 +98,18 @@ def _card_facts(recipe: RecipeArguments, rows: int) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed(output_dir: str) -> Iterator[None]:
+def claimed(output_dir: str, anew: bool = False) -> Iterator[None]:
     """For a script: its run's folder, from before the model is loaded until all of the run is in it.
 
-    What keeps a run from beginning or from ending well is told in one sentence, with exit code 1.
+    With `anew`, there must be no run in it yet. What keeps a run from beginning or from ending well is told in one
+    sentence, with exit code 1.
     """
     try:
         with held(output_dir):
+            if anew:
+                refuse_occupied(Path(output_dir), resuming="--resume_from_checkpoint true")
             yield
-    except (FolderInUse, WriteError) as error:
+    except (FolderInUse, OccupiedError, WriteError) as error:
         sys.exit(str(error) if rank() == 0 else 1)
 
 

@@ -47,6 +47,10 @@ DEFINING_ARGUMENTS = (
 _DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
 
 
+class OccupiedError(ValueError):
+    """There is a run where another one was to begin."""
+
+
 def ranks_of_clients(args: FederatedSketchConfig, clients: int, global_rank: int) -> np.ndarray:
     """The rank each client affords, int64 `[clients]` by ascending id."""
     if args.client_ranks is not None:
@@ -199,19 +203,19 @@ def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
 
 
 def refuse_occupied(
-    output_dir: Path, besides_ledger: bool = False, resuming: str = "resume_from_checkpoint=True"
+    output_dir: Path, besides_ledger: bool = False, resuming: str = "trainer.train(resume_from_checkpoint=True)"
 ) -> None:
     """Only a resumed run may write where a run has written; `resuming` is how one is resumed.
 
     Raises:
-        ValueError: there is one.
+        OccupiedError: there is one.
     """
     ledger = output_dir / LEDGER_NAME
     found = [LEDGER_NAME] if not besides_ledger and ledger.exists() and ledger.stat().st_size else []
     found += sorted(path.name for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob(IN_LOOP)])
     found += sorted(f"{OUTBOX_NAME}/{path.name}" for path in (output_dir / OUTBOX_NAME).glob("round-*"))
     if found:
-        raise ValueError(
+        raise OccupiedError(
             f"Expected an output_dir without a run, found {', '.join(found[:3])} in {output_dir}: resume that run "
             f"with {resuming}, or choose another output_dir."
         )

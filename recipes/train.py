@@ -21,7 +21,7 @@ def main() -> None:
         recipe, args, model_args = parse_recipe((RecipeArguments, FederatedSketchConfig, ModelArguments))
     except SettingsError as error:
         sys.exit(str(error))
-    with claimed(args.output_dir):
+    with claimed(args.output_dir, anew=not args.resume_from_checkpoint):
         trainer = build_trainer(recipe, args, model_args)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         table = finish(trainer)

@@ -1,6 +1,7 @@
 """Saves that do not fall on a planned round end, and runs taken up from an earlier checkpoint."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from transformers import TrainerCallback
 
 from fslora_hf.adapter import global_pair
 from fslora_hf.checkpoint import CheckpointError, last_checkpoint, read_state
+from fslora_hf.launch import claimed
 from fslora_hf.ledger import read_records
-from tests import tiny
+from fslora_hf.run import OccupiedError
+from tests import reference, tiny
 from tests.test_trainer import make
 
 STEADY = {"lr_scheduler_type": "constant"}
@@ -106,3 +109,29 @@ def test_a_checkpoint_holds_the_global_adapter_and_nothing_of_clients(tmp_path):
     assert saved.keys() == plain.keys() and not any("client" in name for name in saved)
     assert all(torch.equal(saved[name], plain[name]) for name in saved)
     assert not any("client" in name for name, _ in trainer.model.named_parameters())
+
+
+def test_a_second_call_of_train_is_refused_and_names_the_line_that_goes_on(tmp_path):
+    """As a notebook's cells are run again: the call alone, or all that builds the trainer, too."""
+    trainer = make(tmp_path, save_rounds=1, **STEADY)
+    trainer.train()
+    end, told = reference.read_adapter(trainer.model), r"resume that run with trainer\.train\((.*)\), or choose"
+    for again in (trainer, make(tmp_path, save_rounds=1, **STEADY)):
+        with pytest.raises(OccupiedError, match=told) as refused:
+            again.train()
+        (line,) = re.findall(told, str(refused.value))
+        output = again.train(**eval(f"dict({line})"))  # as it is told
+        assert output.global_step == 2 * trainer.layout.steps_per_round
+        assert reference.max_difference(reference.read_adapter(again.model), end) == 0
+    longer = make(tmp_path, save_rounds=1, num_rounds=3, **STEADY)
+    longer.train(resume_from_checkpoint=True)
+    assert rounds_in(tmp_path) == [0, 1, 2]
+
+
+def test_a_script_is_told_before_the_model_is_loaded(tmp_path):
+    make(tmp_path, save_rounds=1, num_rounds=1, **STEADY).train()
+    with pytest.raises(SystemExit, match="resume that run with --resume_from_checkpoint true, or choose"):
+        with claimed(str(tmp_path), anew=True):
+            raise AssertionError("nothing is loaded")
+    with claimed(str(tmp_path)):
+        pass
