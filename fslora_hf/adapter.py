@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .methods import ClientAdapter
 from .storage.files import whole_files
+from .storage.tensor_file import as_wide, read_tensors
 
 PEFT_PREFIX = "base_model.model."
 
@@ -36,6 +37,19 @@ def global_pair(model: PeftModel, adapter_name: str = "default") -> tuple[dict[s
     layers = lora_layers(model, adapter_name)
     A = {name: layer.lora_A[adapter_name].weight for name, layer in layers.items()}
     return A, {name: layer.lora_B[adapter_name].weight for name, layer in layers.items()}
+
+
+def read_global_pair(model: PeftModel, path: str | Path) -> tuple[dict[str, torch.Tensor], ...]:
+    """The pair in a file that PEFT wrote of such an adapter, `default`: module name -> A, and -> B; changes nothing.
+
+    Raises:
+        CheckpointError: it holds anything else.
+    """
+    pair = global_pair(model)
+    names = [{name: f"{PEFT_PREFIX}{name}.lora_{side}.weight" for name in pair[0]} for side in "AB"]
+    wanted = {names[side][name]: as_wide(tensor) for side in (0, 1) for name, tensor in pair[side].items()}
+    saved = read_tensors(Path(path), wanted)
+    return tuple({name: saved[written] for name, written in side.items()} for side in names)
 
 
 def widen_adapter(model: PeftModel, adapter_name: str = "default") -> None:

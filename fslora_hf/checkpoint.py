@@ -4,30 +4,37 @@ A checkpoint is written under a name that nothing reads and renamed when it is w
 comes next, which run it belongs to, and the checksum of every other file.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .common.foreign_text import foreign_text, foreign_value
+from .ledger import LEDGER_NAME, mark
 from .storage.disk_errors import RESUME, told
 from .storage.files import sync_path, sync_tree
+from .storage.state_file import (
+    FEEDBACK_NAME,
+    STATE_NAME,
+    CheckpointError,
+    checksum,
+    checksums,
+    find_state,
+    write_state,
+)
+
+__all__ = ["FEEDBACK_NAME", "SERVER_NAME", "STATE_NAME", "CheckpointError", "checksums", "write_state"]
 
 logger = logging.getLogger(__name__)
 
-STATE_NAME = "federated_state.json"
 SERVER_NAME = "federated_state.safetensors"
-FEEDBACK_NAME = "error_feedback"  # folder of files that have their checksums in their names (feedback.py)
 _NAME = re.compile(r"checkpoint-\d+")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be resumed from."""
+_MOST_TOLD = 30  # differences between two runs
 
 
 @contextmanager
@@ -44,7 +51,7 @@ def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[P
         with told(f"the checkpoint {target}", f"{RESUME}; earlier checkpoints are whole"):
             partial.mkdir(parents=True)
             yield partial
-            write_state(partial, round, run)
+            write_state(partial, round, run, ledger=mark(target.parent / LEDGER_NAME))
             sync_tree(partial)
             replaced = _clear_target(target, round, run)
             os.replace(partial, target)
@@ -57,13 +64,6 @@ def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[P
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_state(folder: Path, round: int, run: Mapping[str, Any], names: Collection[str] | None = None) -> None:
-    """Write the state file of a folder that is otherwise whole: the rounds it is of, whose run, and the checksums of
-    the files that are resumed from (None: of all)."""
-    state = {"format": 1, "round": round, "run": dict(run), "files": checksums(folder, names)}
-    (folder / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
-
-
 def read_state(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """The checkpoint's state file, after checking that every file it names is there and unchanged."""
     folder = Path(folder)
@@ -73,37 +73,68 @@ def read_state(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
             f"Expected a finished checkpoint in {folder}, found no {STATE_NAME}: name a finished one, or pass "
             "resume_from_checkpoint=True to take the latest that is."
         )
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        files, _ = state["files"], state["round"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"Expected a readable {STATE_NAME} in {folder}, found damage ({error}): resume from another checkpoint."
-        ) from error
-    for name, checksum in files.items() if verify else ():
-        found = _checksum(folder / name) if (folder / name).is_file() else "nothing"
-        if found != checksum:
+    state = find_state(folder)
+    if not verify:
+        return state
+    for name, wanted in state["files"].items():
+        found = _find_checksum(folder / name)
+        if found != wanted:
             raise CheckpointError(
-                f"Expected {folder / name} with the checksum {checksum[:12]}, found {found[:12]}: the file was "
-                "damaged or changed; restore it or resume from another checkpoint."
+                f"Expected {folder}/{foreign_text(name)} with the checksum {wanted[:12]}, found {found[:12]}: the "
+                "file was damaged or changed; restore it or resume from another checkpoint."
             )
+    if state["format"] == 1:
+        text = "%s is of an earlier format, without a checksum of itself: only what is beside it speaks for its round."
+        logger.warning(text, path)
     return state
+
+
+def _find_checksum(path: Path) -> str:
+    try:
+        return checksum(path) if path.is_file() else "nothing"
+    except OSError as error:  # no right to read it, a name too long, a disk that fails
+        return error.strerror or "nothing"
+
+
+def finished_checkpoints(output_dir: str | Path, damaged: list[Path] | None = None) -> list[tuple[int, Path]]:
+    """The rounds and folders of the checkpoints that have a readable state file, most rounds first.
+
+    Those whose state file is damaged are passed over with a warning, and added to `damaged` if it is given: they must
+    not stand in the way of the others.
+    """
+    found: list[tuple[int, Path]] = []
+    for folder in sorted(Path(output_dir).glob("checkpoint-*")):
+        if not (folder / STATE_NAME).is_file():
+            continue
+        try:
+            found.append((find_state(folder)["round"], folder))
+        except CheckpointError as error:
+            logger.warning("Passing over the checkpoint %s: %s", folder, error)
+            if damaged is not None:
+                damaged.append(folder)
+    return sorted(found, reverse=True)
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The finished checkpoint with the most rounds (not the most steps, which depend on the layout of processes).
 
-    Unfinished folders are passed over with a warning.
+    Unfinished and damaged ones are passed over with a warning.
+
+    Raises:
+        CheckpointError: there are damaged ones and no other.
     """
-    found: list[tuple[int, Path]] = []
     for folder in sorted(Path(output_dir).glob("*checkpoint-*")):
-        if not folder.is_dir():
-            continue
-        if folder.name.endswith(".partial") or not (folder / STATE_NAME).is_file():
+        if folder.is_dir() and (folder.name.endswith(".partial") or not (folder / STATE_NAME).is_file()):
             logger.warning("Passing over the unfinished checkpoint %s.", folder)
-        elif folder.name.startswith("checkpoint-"):
-            found.append((read_state(folder, verify=False)["round"], folder))
-    return max(found)[1] if found else None
+    damaged: list[Path] = []
+    found = finished_checkpoints(output_dir, damaged)
+    if damaged and not found:
+        raise CheckpointError(
+            f"Expected a checkpoint with a readable {STATE_NAME} in {output_dir}, found damage in "
+            f"{', '.join(folder.name for folder in damaged[:3])} and no other: restore that file from a copy, or "
+            "start a new run in another output_dir."
+        )
+    return found[0][1] if found else None
 
 
 def find_round(output_dir: str | Path, round: int, run: Mapping[str, Any]) -> Path | None:
@@ -128,14 +159,12 @@ def rotate(output_dir: str | Path, keep: int | None, best: int | None = None) ->
     By rounds, unlike the Trainer's own rotation: steps in folder names depend on the layout of processes. A folder is
     renamed before its files go, so that a crash leaves no checkpoint with files missing.
     """
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
-    finished = [folder for folder in folders if (folder / STATE_NAME).is_file()]
-    finished.sort(key=lambda folder: read_state(folder, verify=False)["round"], reverse=True)
+    finished = [each for each in finished_checkpoints(output_dir) if _NAME.fullmatch(each[1].name)]
     staying = finished[: keep or None]
-    spared = [folder for folder in finished if read_state(folder, verify=False)["round"] == best]
+    spared = [each for each in finished if each[0] == best]
     if spared and spared[0] not in staying:
         staying = [*(staying[:-1] or staying), *spared]
-    for folder in (folder for folder in finished if folder not in staying):
+    for folder in (each[1] for each in finished if each not in staying):
         leaving = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(leaving, ignore_errors=True)
         os.replace(folder, leaving)
@@ -148,8 +177,8 @@ def move_aside_later(output_dir: str | Path, round: int) -> None:
     A run that is taken up from an earlier checkpoint writes its own later ones; those of the abandoned branch must
     neither outlive them in a rotation nor be resumed in their place.
     """
-    for folder in sorted(Path(output_dir).glob("checkpoint-*")):
-        if (folder / STATE_NAME).is_file() and read_state(folder, verify=False)["round"] > round:
+    for done, folder in reversed(finished_checkpoints(output_dir)):
+        if done > round:
             aside = unused_name(folder.with_name(f"superseded-{folder.name}"))
             logger.warning("%s is of a later round than the one resumed from; it is kept as %s.", folder, aside.name)
             os.replace(folder, aside)
@@ -169,12 +198,12 @@ def unused_name(path: Path) -> Path:
 
 
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One phrase for everything in which two runs' identities differ."""
+    """One phrase for everything in which two runs' identities differ, the first of many."""
+    differing = [key for key in sorted({*saved, *current}) if saved.get(key) != current.get(key)]
     return [
-        f"{key} was {saved.get(key)!r} and is {current.get(key)!r}"
-        for key in sorted({*saved, *current})
-        if saved.get(key) != current.get(key)
-    ]
+        f"{foreign_text(key)} was {foreign_value(saved.get(key))} and is {foreign_value(current.get(key))}"
+        for key in differing[:_MOST_TOLD]
+    ] + ([f"{len(differing) - _MOST_TOLD:,} more"] if len(differing) > _MOST_TOLD else [])
 
 
 def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> Path | None:
@@ -196,15 +225,3 @@ def _clear_target(target: Path, round: int, run: Mapping[str, Any]) -> Path | No
     logger.warning("%s holds another state (%s); it is kept as %s.", target, label, aside.name)
     os.replace(target, aside)
     return None
-
-
-def checksums(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
-    """SHA-256 in hex of files below a folder, by their paths there (None: of all but those that carry their own)."""
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    wanted = [name for name in found if (name in names if names is not None else name.split("/")[0] != FEEDBACK_NAME)]
-    return {name: _checksum(found[name]) for name in wanted}
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

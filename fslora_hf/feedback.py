@@ -7,7 +7,9 @@ that were current when it was taken, which costs no copies. A client's older fil
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,16 @@ import torch
 from safetensors.torch import load, save
 
 from .checkpoint import FEEDBACK_NAME, CheckpointError
+from .common.foreign_text import foreign_text, foreign_value
 from .storage.disk_errors import RESUME, told
 from .storage.files import make_folder, whole_file
+from .storage.json_file import DamagedFile, read_object
+from .storage.tensor_file import Wanted, read_tensors, tensor_shapes
 
 INDEX_NAME = "error_feedback.json"
+Pair = tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]
+_CLIENT, _FILE = re.compile(r"0|-?[1-9]\d{0,18}"), re.compile(r"\d{8,18}-[0-9a-f]{16}\.safetensors")
+_REMEDY = "the checkpoint was damaged or is of another run; restore it or resume from another"
 
 
 class Waiting:
@@ -127,24 +135,71 @@ class ErrorFeedback:
                 _link(path, self.folder / path.parent.name / path.name)
 
 
-def check_waiting(checkpoint: Path) -> None:
+def check_waiting(checkpoint: Path, rounds: int, clients: Container[int], pair: Pair) -> None:
     """See that a checkpoint holds what its clients have left out, before anything is changed for its sake.
 
+    Args:
+        rounds: that the checkpoint is of.
+        clients: the ids there are.
+        pair: the global adapter, module name -> A `[r, in]`, and -> B `[out, r]`.
+
     Raises:
-        CheckpointError: a client's file is missing, or not what was written.
+        CheckpointError: a client's file is missing, or not what was written, or cannot be of this run.
     """
     for path in _indexed(checkpoint):
+        if int(path.parent.name) not in clients or _round(path) >= rounds:
+            raise CheckpointError(
+                f"Expected files of this run's clients in its first {rounds:,} rounds in {checkpoint / INDEX_NAME}, "
+                f"found {foreign_text(path.relative_to(checkpoint))}: {_REMEDY}."
+            )
         if not path.is_file():
             raise CheckpointError(
                 f"Expected {path}, what client {path.parent.name} has left out of its updates, found no file: copy a "
                 "checkpoint with all that is in it, or resume from another."
             )
         _read(path)
+        _check_tensors(path, pair)
+
+
+def _check_tensors(path: Path, pair: Pair) -> None:
+    """See that a client's file holds rows of the global A and columns of the global B, as `Waiting` keeps them."""
+    shapes, wanted = tensor_shapes(path), {}
+    for module in {name.rpartition(".")[0] for name in shapes} & pair[0].keys():
+        A, B, count = pair[0][module], pair[1][module], shapes.get(f"{module}.rows", ())[:1] or (0,)
+        wanted[f"{module}.rows"] = Wanted(count, (torch.int64,))
+        sides = {"A": Wanted((*count, A.shape[1]), (A.dtype,)), "B": Wanted((B.shape[0], *count), (B.dtype,))}
+        # A method that trains one side keeps nothing of the other.
+        wanted |= {f"{module}.{side}": want for side, want in sides.items() if f"{module}.{side}" in shapes}
+    rank = next(iter(pair[0].values())).shape[0]
+    for name, tensor in read_tensors(path, wanted).items():
+        rows = tensor.tolist() if name.endswith(".rows") else []
+        if rows and not (rows == sorted(set(rows)) and 0 <= rows[0] and rows[-1] < rank):
+            raise CheckpointError(
+                f"Expected ascending rows of the global adapter's {rank} in {name} in {path}, found others: {_REMEDY}."
+            )
 
 
 def _indexed(checkpoint: Path) -> list[Path]:
-    """The files that a checkpoint's index names."""
-    index = json.loads((checkpoint / INDEX_NAME).read_text(encoding="utf-8"))
+    """The files that a checkpoint's index names.
+
+    Raises:
+        CheckpointError: there is no such index, or it names a file of another kind.
+    """
+    path = checkpoint / INDEX_NAME
+    try:
+        index = read_object(path)
+        wrong = [
+            foreign_value(name)
+            for client, name in index.items()
+            if not (_CLIENT.fullmatch(client) and isinstance(name, str) and _FILE.fullmatch(name))
+        ]
+        if wrong:
+            raise DamagedFile(f"the name {wrong[0]}")
+    except DamagedFile as error:
+        raise CheckpointError(
+            f"Expected the files of what clients have left out of their updates in {path}, found damage ({error}): "
+            f"{_REMEDY}."
+        ) from error
     return [checkpoint / FEEDBACK_NAME / client_id / name for client_id, name in index.items()]
 
 
@@ -167,7 +222,10 @@ def _newest(folder: Path, before: int) -> Path | None:
 
 
 def _read(path: Path) -> bytes:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"Expected to read {path}, found '{error.strerror}': {_REMEDY}.") from error
     wanted, found = path.stem.split("-")[1], _digest(content)
     if found != wanted:
         raise CheckpointError(

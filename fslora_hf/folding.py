@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .adapter import lora_layers
+from .storage.tensor_file import exactly, read_tensors
 
 FOLDED_NAME = "folded_base.safetensors"
 ROWS = 512  # of a weight of another type than the factors', summed in the wider of the two at a time
@@ -80,10 +81,18 @@ class FoldedBase:
         tensors = {f"{name}.weight": weight.detach().contiguous() for name, weight in self._weights.items()}
         save_file(tensors, path, metadata={"format": "pt"})
 
+    def read(self, path: str | Path) -> dict[str, torch.Tensor]:
+        """What `save` wrote, for the same model; changes nothing.
+
+        Raises:
+            CheckpointError: it holds anything else.
+        """
+        return read_tensors(Path(path), {f"{name}.weight": exactly(weight) for name, weight in self._weights.items()})
+
     @torch.no_grad()
     def load(self, path: str | Path) -> None:
-        """Read what `save` wrote, for the same model."""
-        saved = load_file(path)
+        """Take what `read` reads."""
+        saved = self.read(path)
         for name, weight in self._weights.items():
             weight.data.copy_(saved[f"{name}.weight"])
 

@@ -1,19 +1,23 @@
 """The round ledger, `rounds.jsonl`: one JSON object a line, one line a round."""
 
+import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from .common.foreign_text import foreign_value
 from .storage.disk_errors import RESUME, told
 from .storage.files import append_line, whole_file
 
 LEDGER_NAME = "rounds.jsonl"
 _TAIL = 1 << 16  # bytes that are read at once from its end
-_HEAD = re.compile(rb'\{"round": (\d+)[,}]')  # of a line as `append_round` writes an engine's record
+_BLOCK = 2**20  # bytes that are read at once
+_REMEDY = (
+    "restore it from a copy, resume from a checkpoint of before, or move it away to go on without those rounds in it"
+)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -28,8 +32,8 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise ValueError(
-                f"Expected a round's JSON record on line {number} of {path}, found {lines[number - 1][:40]!r}: give "
-                "the rounds.jsonl of a run as the run wrote it."
+                f"Expected a round's JSON record on line {number} of {path}, found "
+                f"{foreign_value(lines[number - 1][:40])}: give the rounds.jsonl of a run as the run wrote it."
             )
     return records
 
@@ -51,12 +55,19 @@ def last_records(path: str | Path, count: int) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)][-count:]
 
 
-def _parse(line: str) -> Any:
-    """The JSON value of a line, None if it is not JSON."""
+def _parse(line: str | bytes) -> Any:
+    """The JSON value of a line, None if it is not JSON as `append_round` writes it, without NaN and infinity."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        return _STRICT.decode(line if isinstance(line, str) else line.decode())
+    except (ValueError, RecursionError):
         return None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse)
 
 
 def append_round(path: str | Path, record: dict[str, Any]) -> None:
@@ -68,42 +79,133 @@ def append_round(path: str | Path, record: dict[str, Any]) -> None:
     append_line(path, json.dumps(record, allow_nan=False), RESUME)
 
 
-def keep_rounds(path: str | Path, rounds: int, source: str | Path | None = None) -> int:
-    """Cut the ledger back to its first `rounds` rounds, as a resumed run needs it; returns how many it then holds.
+def mark(path: str | Path) -> dict[str, Any] | None:
+    """How many rounds and bytes a ledger has, and their SHA-256: what tells later that it is as it was. None without
+    one."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    rounds, size, digest = 0, 0, hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            rounds, size = rounds + block.count(b"\n"), size + len(block)
+            digest.update(block)
+    return {"rounds": rounds, "bytes": size, "sha256": digest.hexdigest()}
 
-    The rounds are read from `source` if given (a run that is taken up in another folder). A crash leaves the old
-    ledger or the new one. Lines are told by their ends and left as they are: to parse those of ten thousand rounds, or
-    to write them again, would take longer than all else in resuming.
+
+@dataclass(frozen=True)
+class Kept:
+    """What a resumed run keeps of a ledger.
+
+    Attributes:
+        path: the ledger.
+        rounds: how many it holds.
+        size: its first bytes, which hold them, or None:
+        lines: the lines to write in their place.
+        records: parsed, None where they are as a checkpoint saw them and need not be.
+        mended: what was wrong with those that are not kept, for a warning.
     """
-    source = Path(source or path)
-    if not source.exists():
-        return _replace(path, ())
-    ends = _ends(source)
-    if ends is None:  # torn, damaged, or written by somebody else
-        records = [record for record in read_records(source) if record["round"] < rounds]
-        return _replace(path, (json.dumps(record, allow_nan=False).encode() + b"\n" for record in records))
-    kept = [end for round, end in ends.items() if round < rounds]
-    if source == Path(path):
-        _cut(path, max(kept, default=0))
-    else:
-        with open(source, "rb") as lines:
-            _replace(path, islice(lines, len(kept)))
-    return len(kept)
+
+    path: Path
+    rounds: int = 0
+    size: int | None = None
+    lines: tuple[bytes, ...] = ()
+    records: tuple[dict[str, Any], ...] | None = None
+    mended: str = ""
+
+    def write(self, path: str | Path) -> None:
+        """Make them the ledger at `path`. A crash leaves the old ledger or the new one, and lines that stand as they
+        should are not written again."""
+        if self.size is None:
+            _replace(path, self.lines)
+        elif self.path == Path(path):
+            _cut(path, self.size)
+        else:
+            with open(self.path, "rb") as file:
+                _replace(path, _blocks(file, self.size))
 
 
-def _ends(path: Path) -> dict[int, int] | None:
-    """Where the line of each round ends, None unless all lines look whole and as `append_round` writes them, their
-    rounds ascending."""
-    ends: dict[int, int] = {}
-    last, end = -1, 0
-    with open(path, "rb") as lines:
-        for line in lines:
-            head = _HEAD.match(line)
-            if head is None or not line.endswith(b"}\n") or int(head[1]) <= last:
-                return None
-            last, end = int(head[1]), end + len(line)
-            ends[last] = end
-    return ends
+def find_rounds(path: str | Path, rounds: int, seen: Mapping[str, Any] | None = None) -> Kept:
+    """What a run that goes on after `rounds` rounds keeps of a ledger; changes nothing.
+
+    Args:
+        seen: what `mark` said of it when it held these rounds. If it still begins so, no line need be parsed: at ten
+            thousand rounds that would take longer than all else in resuming.
+
+    Raises:
+        ValueError: it does not hold each of the rounds once. Rounds before its first are not missed, since a run
+            may have gone on without its ledger: `Kept.rounds` tells.
+    """
+    path = Path(path)
+    if not path.exists():
+        return Kept(path)
+    if not path.is_file():
+        raise ValueError(f"Expected the ledger {path} to be a file, found a folder: {_REMEDY}.")
+    if rounds == 0:
+        return Kept(path, size=0)
+    if seen is not None and seen["rounds"] <= rounds and _begins_so(path, seen):
+        return Kept(path, seen["rounds"], seen["bytes"])
+    return _read_rounds(path, rounds)
+
+
+def keep_rounds(path: str | Path, rounds: int) -> int:
+    """Cut the ledger back to its first `rounds` rounds; returns how many it then holds. See `find_rounds`."""
+    kept = find_rounds(path, rounds)
+    kept.write(path)
+    return kept.rounds
+
+
+def _begins_so(path: Path, seen: Mapping[str, Any]) -> bool:
+    if path.stat().st_size < seen["bytes"]:
+        return False
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in _blocks(file, seen["bytes"]):
+            digest.update(block)
+    return digest.hexdigest() == seen["sha256"]
+
+
+def _read_rounds(path: Path, rounds: int) -> Kept:
+    """The rounds of a ledger of which nothing is known, line by line."""
+    found: dict[int, tuple[bytes, dict[str, Any]]] = {}
+    wrong, size, plain, skipped = [], 0, True, False  # plain: those kept are the file's first bytes as they stand
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            record = _parse(line)
+            round = record.get("round") if isinstance(record, dict) else None
+            if type(round) is not int or round < 0:
+                wrong.append(f"line {number} is no round's record")
+            elif round in found and found[round][1] != record:
+                raise ValueError(
+                    f"Expected the ledger {path} to hold each round once, found two different records of round "
+                    f"{round:,}: {_REMEDY}."
+                )
+            elif round in found:
+                wrong.append(f"line {number} repeats round {round:,}")
+            if type(round) is not int or not 0 <= round < rounds or round in found:
+                skipped = True
+                continue
+            plain = plain and not skipped and line.endswith(b"}\n") and round == next(reversed(found), round - 1) + 1
+            found[round], size = (line.rstrip(b"\r\n") + b"\n", record), size + len(line)
+    held = sorted(found)
+    if held and held[0] + len(held) != rounds or wrong and len(held) < rounds:
+        missing = next(round for round in range(rounds) if round not in found)
+        raise ValueError(
+            f"Expected the ledger {path} to hold each of the {rounds:,} rounds before the checkpoint once, found "
+            f"round {missing:,} missing{' (' + wrong[0] + ')' if wrong else ''}: {_REMEDY}."
+        )
+    records = tuple(found[round][1] for round in held)
+    if plain:
+        return Kept(path, len(held), size, records=records)
+    said = "; ".join(wrong[:3]) or "its lines were not in order, or not ended as they should"
+    return Kept(path, len(held), None, tuple(found[round][0] for round in held), records, said)
+
+
+def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The next `size` bytes of a file."""
+    while size > 0 and (block := file.read(min(size, _BLOCK))):
+        size -= len(block)
+        yield block
 
 
 def _cut(path: str | Path, size: int) -> None:
@@ -114,11 +216,8 @@ def _cut(path: str | Path, size: int) -> None:
             os.fsync(file.fileno())
 
 
-def _replace(path: str | Path, lines: Iterable[bytes]) -> int:
-    """Make a file of these lines, in one step; returns how many they are."""
-    count = 0
+def _replace(path: str | Path, parts: Iterable[bytes]) -> None:
+    """Make a file of these parts, in one step."""
     with whole_file(path) as file:
-        for line in lines:
-            file.write(line)
-            count += 1
-    return count
+        for part in parts:
+            file.write(part)

@@ -38,7 +38,7 @@ def read_ledger(path: str | Path) -> list[dict]:
         raise FileNotFoundError(f"Expected a ledger at {path}, found no file: name the rounds.jsonl of an output_dir.")
     rows = read_records(path)
     for number, row in enumerate(rows, 1):
-        _check(row, f"line {number} of {path}")
+        check_round(row, f"line {number} of {path}")
     for before, row in pairwise(rows):
         if row["round"] != before["round"] + 1:
             raise ValueError(
@@ -48,14 +48,35 @@ def read_ledger(path: str | Path) -> list[dict]:
     return rows
 
 
-def _check(row: dict, where: str) -> None:
+def check_round(row: dict, where: str) -> None:
+    """See that a record has what a round's has, of the right kinds.
+
+    Raises:
+        ValueError: it has not.
+    """
     remedy = "give the rounds.jsonl of a run as the run wrote it."
     missing = [key for key in (*PER_ROUND, *PER_CLIENT) if key not in row]
     if missing:
         raise ValueError(f"Expected a round's record on {where}, found none of {', '.join(missing)}: {remedy}")
+    lists, numbers = (*PER_CLIENT, "refused"), [key for key in PER_ROUND if key != "refused"]
+    wrong = [key for key in lists if not isinstance(row[key], list)]
+    wrong += [key for key in numbers if type(row[key]) not in (int, float) or not 0 <= row[key] < 2**63]
+    wrong += [key for key in PER_CLIENT if key not in wrong and not all(map(_is_value, row[key]))]
+    wrong += ["refused"] * ("refused" not in wrong and not all(map(_is_refusal, row["refused"])))
+    if wrong:
+        raise ValueError(f"Expected a round's record on {where}, found other values for {', '.join(wrong)}: {remedy}")
     lengths = {key: len(row[key]) for key in PER_CLIENT}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Expected one entry a client in every list on {where}, found lengths {lengths}: {remedy}")
+
+
+def _is_value(value: object) -> bool:
+    """Whether it can stand for a client in a list: a number, or null where there is none."""
+    return value is None or type(value) in (int, float) and abs(value) < 2**63
+
+
+def _is_refusal(entry: object) -> bool:
+    return isinstance(entry, dict) and type(entry.get("client_id")) is int and isinstance(entry.get("reason"), str)
 
 
 def totals(rows: Sequence[dict]) -> dict:

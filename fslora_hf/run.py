@@ -22,13 +22,14 @@ from .checkpoint import (
 from .clients import client_ranks
 from .config import FederatedSketchConfig
 from .evaluation.results import quantization_of, set_aside_later
-from .feedback import check_waiting
 from .hub.fetch import fetch_round, parse_source, take_in
 from .hub.outbox import OUTBOX_NAME
-from .ledger import LEDGER_NAME, keep_rounds
+from .ledger import LEDGER_NAME, Kept, keep_rounds
 from .methods import method_class
+from .resuming import check_place, examine, read_arguments
 from .rows import digest_rows
 from .storage.files import make_folder, write_text
+from .storage.json_file import DamagedFile, read_object
 from .storage.result_files import IN_LOOP
 
 if TYPE_CHECKING:
@@ -121,32 +122,36 @@ def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, ou
         return _start_over(trainer, output_dir)
     state = read_state(folder)
     _refuse_other_run(folder, state["run"], identity(trainer))
-    if trainer.keeps_feedback:
-        check_waiting(folder)
-    _warn_of_other_length(trainer, folder)
-    if state["round"] > trainer.args.num_rounds:
-        raise CheckpointError(
-            f"Expected a checkpoint of at most num_rounds={trainer.args.num_rounds} rounds, found {state['round']} in "
-            f"{folder}: raise num_rounds, or resume from an earlier checkpoint."
-        )
     elsewhere = folder.resolve().parent != output_dir.resolve()
     if elsewhere and fetched is None:
         refuse_occupied(output_dir)
-    elif not elsewhere:
+    kept = examine(trainer, folder, state, (folder.parent if elsewhere else output_dir) / LEDGER_NAME)
+    check_place(output_dir, trainer)
+    _tell_of_ledger(trainer, folder, state["round"], kept)
+    _warn_of_other_length(trainer, folder)
+    # Nothing is refused from here on.
+    if not elsewhere:
         move_aside_later(output_dir, state["round"])
         set_aside_later(output_dir / IN_LOOP, state["round"])
     _begin(trainer, output_dir)
-    held = keep_rounds(output_dir / LEDGER_NAME, state["round"], folder.parent / LEDGER_NAME if elsewhere else None)
-    if held < state["round"] and trainer.args.upload_budget is not None:
-        raise CheckpointError(
-            f"Expected the {state['round']} rounds before {folder} in a ledger beside it, which says how much of "
-            f"upload_budget is spent, found {held}: copy {LEDGER_NAME} with the checkpoint, or remove upload_budget."
-        )
-    if held < state["round"]:
-        logger.warning("The ledger holds %d of the %d rounds before %s.", held, state["round"], folder)
+    kept.write(output_dir / LEDGER_NAME)
     if fetched is not None:
         folder = take_in(fetched, output_dir, f"checkpoint-{state['round'] * trainer.layout.steps_per_round}")
     return str(folder)
+
+
+def _tell_of_ledger(trainer: "FederatedSketchTrainer", folder: Path, rounds: int, kept: Kept) -> None:
+    if kept.rounds < rounds and trainer.args.upload_budget is not None:
+        raise CheckpointError(
+            f"Expected the {rounds} rounds before {folder} in a ledger beside it, which says how much of "
+            f"upload_budget is spent, found {kept.rounds}: copy {LEDGER_NAME} with the checkpoint, or remove "
+            "upload_budget."
+        )
+    if kept.rounds < rounds:
+        logger.warning("The ledger holds %d of the %d rounds before %s.", kept.rounds, rounds, folder)
+    if kept.mended:
+        text = "The ledger %s was mended, every round before %s is in it once: %s."
+        logger.warning(text, kept.path, folder, kept.mended)
 
 
 def _fetch(trainer: "FederatedSketchTrainer", resume: str, output_dir: Path) -> Path | None:
@@ -164,14 +169,13 @@ def saved_block(checkpoint: str | None) -> int | None:
     """How many clients shared a step before a checkpoint was written; None without a checkpoint."""
     if checkpoint is None:
         return None
-    saved = json.loads((Path(checkpoint) / "training_args.json").read_text(encoding="utf-8"))
-    return saved["per_device_train_clients"]
+    return read_arguments(Path(checkpoint))["per_device_train_clients"]
 
 
 def _warn_of_other_length(trainer: "FederatedSketchTrainer", folder: Path) -> None:
     """A run may be made longer, but a schedule that ends with the run then takes other rates from here on."""
     args = trainer.args
-    saved = json.loads((folder / "training_args.json").read_text(encoding="utf-8")).get("num_rounds")
+    saved = read_arguments(folder)["num_rounds"]
     if saved != args.num_rounds and not str(args.lr_scheduler_type.value).startswith("constant"):
         text = "The run was begun with num_rounds=%s and goes on with %s: its %s schedule differs from here on."
         logger.warning(text, saved, args.num_rounds, args.lr_scheduler_type.value)
@@ -196,7 +200,15 @@ def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
             f"Expected a finished checkpoint in {output_dir}, found none: start without resume_from_checkpoint, or "
             "name the folder of a checkpoint."
         )
-    _refuse_other_run(output_dir, json.loads(path.read_text(encoding="utf-8")), identity(trainer))
+    try:
+        saved = read_object(path)
+    except DamagedFile as error:
+        raise CheckpointError(
+            f"Expected the settings of the run that was begun here in {path}, found damage ({error}): start without "
+            "resume_from_checkpoint in another output_dir, or remove this one."
+        ) from error
+    _refuse_other_run(output_dir, saved, identity(trainer))
+    check_place(output_dir, trainer)
     logger.warning("No finished checkpoint in %s; the run begins again at its first round.", output_dir)
     keep_rounds(output_dir / LEDGER_NAME, 0)
     set_aside_later(output_dir / IN_LOOP, 0)

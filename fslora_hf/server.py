@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+from .storage.state_file import CheckpointError
+from .storage.tensor_file import Wanted, as_wide, read_tensors, tensor_shapes
 
 if TYPE_CHECKING:
     from .folding import FoldedBase
@@ -14,6 +17,11 @@ _OPTIMIZERS = {
     "sgd_momentum": (torch.optim.SGD, {"momentum": 0.9}),
     "adam": (torch.optim.Adam, {}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.0}),
+}
+_KEPT = {  # names of what an optimizer keeps of a parameter that has stepped
+    torch.optim.SGD: ("momentum_buffer",),  # without momentum nothing, not this either
+    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
 }
 
 
@@ -93,11 +101,47 @@ class ServerState:
         }
         save_file(tensors, path)
 
-    def load(self, path: str | Path) -> None:
-        """Read what `save` wrote, for the same modules and optimizer."""
+    def read(self, path: str | Path, rounds: int) -> dict[str, torch.Tensor]:
+        """What `save` wrote after `rounds` rounds, for the same modules and optimizer; changes nothing.
+
+        Raises:
+            CheckpointError: it holds anything else.
+        """
+        names = tensor_shapes(Path(path)).keys()
+        wanted = {
+            f"{name}.{key}": Wanted((), (torch.float32, torch.float64)) if key == "step" else as_wide(parameter)
+            for name, parameter in self._parameters.items()
+            for key in _KEPT[type(self._optimizer)]
+        }
+        # All of a side or none: a method that trains one side steps no other.
+        sides = [side for side in ("A", "B") if any(_side(name) == side for name in names & wanted.keys())]
+        expected = {name: want for name, want in wanted.items() if _side(name) in sides}
+        tensors = read_tensors(Path(path), expected)
+        for name, tensor in tensors.items():
+            key = name.rsplit(".", 1)[1]
+            if key == "step" and not (1 <= tensor <= rounds and tensor == tensor.round()):
+                raise _impossible(name, f"a number of 1 to {rounds:,} steps", f"{tensor.item()}", path)
+            if key == "exp_avg_sq" and (tensor < 0).any():
+                raise _impossible(name, "squares", "values below zero", path)
+        return tensors
+
+    def load(self, path: str | Path, rounds: int) -> None:
+        """Take what `read` reads."""
+        tensors = self.read(path, rounds)
         self._optimizer.state.clear()
-        for full_name, value in load_file(path).items():
+        for full_name, value in tensors.items():
             name, key = full_name.rsplit(".", 1)
             parameter = self._parameters[name]
             # Adam keeps its step count on the CPU whatever the parameter's device.
-            self._optimizer.state[parameter][key] = value if value.dim() == 0 else value.to(parameter.device)
+            self._optimizer.state[parameter][key] = value if key == "step" else value.to(parameter)
+
+
+def _side(name: str) -> str:
+    return name.rsplit(".", 2)[1]
+
+
+def _impossible(name: str, expected: str, found: str, path: str | Path) -> CheckpointError:
+    return CheckpointError(
+        f"Expected {expected} in {name} in {path}, found {found}: the file was damaged, resume from another "
+        "checkpoint."
+    )

@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
@@ -27,7 +26,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from . import host_memory, run
-from .adapter import PEFT_PREFIX, ClientStack, global_pair, save_client_adapter, widen_adapter
+from .adapter import ClientStack, global_pair, read_global_pair, save_client_adapter, widen_adapter
 from .adapter_checks import check_fold, check_layers
 from .best_round import (
     BETWEEN_RUNS,
@@ -611,7 +610,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
             with whole_folder(target, self.rounds_done, run.identity(self)) as folder:
                 self._save(str(folder))
                 self._engine.server.save(folder / SERVER_NAME)
-                self.state.save_to_json(str(folder / "trainer_state.json"))
+                self._save_state(folder)
                 if self._feedback is not None:
                     self._feedback.link_into(folder, self.rounds_done)
             rotate(self.args.output_dir, self.args.save_total_limit, self._best.round)
@@ -621,6 +620,11 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
             return super().save_model(output_dir, _internal_call)
         with whole_files(output_dir or self.args.output_dir, RESUME, updates=("README.md",)) as folder:
             super().save_model(str(folder), _internal_call)
+
+    def _save_state(self, folder: Path) -> None:
+        # As at the round's end, also where the run is stopped within the next: what the file says must agree.
+        step, rounds = self.rounds_done * self.layout.steps_per_round, float(self.rounds_done)
+        replace(self.state, global_step=step, epoch=rounds).save_to_json(str(folder / "trainer_state.json"))
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         # The plain adapter and the tokenizer; the Trainer's pickled arguments become JSON.
@@ -638,10 +642,10 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
 
     def load_adapter(self, folder: Path) -> None:
         """Take the global adapter from a checkpoint, and the base where the method changes it."""
-        saved = load_file(folder / "adapter_model.safetensors")
-        for side, tensors in zip("AB", global_pair(self.model), strict=True):
+        saved = read_global_pair(self.model, folder / "adapter_model.safetensors")
+        for tensors, values in zip(global_pair(self.model), saved, strict=True):
             for name, tensor in tensors.items():
-                tensor.data.copy_(saved[f"{PEFT_PREFIX}{name}.lora_{side}.weight"])
+                tensor.data.copy_(values[name])
         if method_class(self.args.method).folds:
             FoldedBase.of(self.model).load(folder / FOLDED_NAME)
 
@@ -653,11 +657,11 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
+        self.rounds_done = read_state(folder, verify=False)["round"]
         self.load_adapter(folder)
-        self._engine.server.load(folder / SERVER_NAME)
+        self._engine.server.load(folder / SERVER_NAME, self.rounds_done)
         if self._feedback is not None:
             agree(lambda: self._feedback.restore(folder))
-        self.rounds_done = read_state(folder, verify=False)["round"]
 
     def _load_rng_state(self, checkpoint):
         """Nothing to load: whatever is random in a round is seeded when the round begins."""

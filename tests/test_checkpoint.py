@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there, their files are checked, and the ledger survives being torn."""
 
 import errno
+import hashlib
 import json
 import logging
 import resource
@@ -20,7 +21,7 @@ from fslora_hf.checkpoint import (
     rotate,
     whole_folder,
 )
-from fslora_hf.ledger import append_round, keep_rounds, read_records
+from fslora_hf.ledger import append_round, find_rounds, keep_rounds, mark, read_records
 
 RUN = {"seed": 1, "ranks": (1, 2)}  # as JSON gives it back, a tuple is a list
 
@@ -225,31 +226,99 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
 
 
 def test_a_damaged_line_elsewhere_is_an_error(tmp_path):
+    """Unless nothing before the checkpoint is missed."""
     path = make_ledger(tmp_path / "rounds.jsonl", torn="{torn\n")
-    append_round(path, {"round": 3})
+    append_round(path, {"round": 4})
     before = path.read_text()
-    with pytest.raises(ValueError, match="Expected a round's JSON record on line 4 of .*, found '{torn': give"):
-        keep_rounds(path, 2)
+    with pytest.raises(
+        ValueError, match=r"hold each of the 5 rounds .* found round 3 missing \(line 4 is no round's rec"
+    ):
+        keep_rounds(path, 5)
     assert path.read_text() == before
+    with pytest.raises(ValueError, match="Expected a round's JSON record on line 4 of .*, found '{torn': give"):
+        read_records(path)
+    assert keep_rounds(path, 2) == 2 and [record["round"] for record in read_records(path)] == [0, 1]
 
 
 def test_keep_rounds_cuts_back_and_leaves_no_other_file(tmp_path):
     path = make_ledger(tmp_path / "rounds.jsonl", 5)
     assert keep_rounds(path, 2) == 2 and [record["round"] for record in read_records(path)] == [0, 1]
-    assert keep_rounds(path, 9) == 2
-    assert keep_rounds(tmp_path / "new.jsonl", 2, source=path) == 2
+    find_rounds(path, 2).write(tmp_path / "new.jsonl")
     assert (tmp_path / "new.jsonl").read_text() == path.read_text()
-    assert keep_rounds(tmp_path / "none.jsonl", 2, source=tmp_path / "missing") == 0
+    find_rounds(tmp_path / "missing", 2).write(tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").read_text() and find_rounds(tmp_path / "missing", 2).rounds == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new.jsonl", "none.jsonl", "rounds.jsonl"]
 
 
-def test_keep_rounds_cuts_lines_without_parsing_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rounds", [5, 4, 1])
+def test_a_ledger_that_begins_as_it_was_seen_is_cut_without_parsing_it(tmp_path, monkeypatch, rounds):
+    path = make_ledger(tmp_path / "rounds.jsonl", rounds)
+    seen, whole = mark(path), path.read_bytes()
+    assert seen == {"rounds": rounds, "bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    append_round(path, {"round": rounds, "loss": 1.0})
+    monkeypatch.setattr("fslora_hf.ledger._parse", None)
+    kept = find_rounds(path, rounds, seen)
+    kept.write(tmp_path / "new.jsonl"), kept.write(path)
+    assert kept.rounds == rounds and path.read_bytes() == whole == (tmp_path / "new.jsonl").read_bytes()
+
+
+def test_one_changed_byte_of_a_ledger_is_seen(tmp_path):
     path = make_ledger(tmp_path / "rounds.jsonl", 5)
-    lines = path.read_bytes().splitlines(keepends=True)
-    monkeypatch.setattr("fslora_hf.ledger.read_records", None)
-    monkeypatch.setattr("fslora_hf.ledger.json", None)
-    for rounds in (5, 4, 0):
-        assert keep_rounds(path, rounds) == rounds and path.read_bytes() == b"".join(lines[:rounds])
+    seen, content = mark(path), bytearray(path.read_bytes())
+    for place in range(0, len(content), 7):
+        damaged = bytes(content[:place]) + bytes([content[place] ^ 1]) + bytes(content[place + 1 :])
+        path.write_bytes(damaged)
+        try:
+            kept = find_rounds(path, 5, seen)
+        except ValueError as error:
+            assert "to hold each" in str(error)
+        else:  # another number: every line is a record, which the caller looks at
+            assert kept.records is not None and kept.rounds == 5
+
+
+LEDGERS = {
+    "a line missing": ([0, 1, 3], "found round 2 missing: restore it from a copy"),
+    "the last missing": ([0, 1, 2], "found round 3 missing"),
+    "of two processes": ([0, 1, 3, 4, 2, 5, 3, 6], "found two different records of round 3"),
+}
+
+
+@pytest.mark.parametrize("case", LEDGERS)
+def test_a_ledger_must_hold_each_round_once(tmp_path, case):
+    rounds, message = LEDGERS[case]
+    path = tmp_path / "rounds.jsonl"
+    path.write_text("".join(json.dumps({"round": round, "n": n}) + "\n" for n, round in enumerate(rounds)))
+    with pytest.raises(ValueError, match=message):
+        find_rounds(path, 4)
+
+
+def test_a_ledger_is_mended_where_nothing_is_lost(tmp_path):
+    """Doubled lines, another order, garbage between, other ends of lines."""
+    path, lines = tmp_path / "rounds.jsonl", [json.dumps({"round": t}) + "\n" for t in range(4)]
+    for mended, text in {
+        "line 3 repeats round 1": lines[:2] + lines[1:],
+        "line 1 is no round's record": ["\n", *lines],
+        "its lines were not in order": [lines[0], lines[2], lines[1], lines[3]],
+        "or not ended as they should": [line.replace("\n", "\r\n") for line in lines],
+    }.items():
+        path.write_bytes("".join(text).encode())
+        kept = find_rounds(path, 3)
+        assert mended in kept.mended and path.read_bytes() == "".join(text).encode()
+        kept.write(path)
+        assert path.read_text() == "".join(lines[:3])
+    assert not find_rounds(path, 3).mended
+
+
+def test_lines_of_later_rounds_among_the_earlier_are_cut_away(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    path.write_text("".join(json.dumps({"round": round}) + "\n" for round in (0, 5, 1, 2)))
+    assert keep_rounds(path, 3) == 3 and [record["round"] for record in read_records(path)] == [0, 1, 2]
+
+
+def test_a_ledger_that_is_a_folder(tmp_path):
+    (tmp_path / "rounds.jsonl").mkdir()
+    with pytest.raises(ValueError, match="Expected the ledger .* to be a file, found a folder: restore"):
+        find_rounds(tmp_path / "rounds.jsonl", 3)
 
 
 def test_keep_rounds_writes_no_line_again(tmp_path, monkeypatch):
@@ -278,12 +347,12 @@ def test_keep_rounds_reads_records_that_others_wrote(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ["", '{"round": 5, "lo'])
-def test_keep_rounds_replaces_in_one_step(tmp_path, monkeypatch, torn):
+def test_a_ledger_is_replaced_in_one_step(tmp_path, monkeypatch, torn):
     source, path = make_ledger(tmp_path / "other.jsonl", 5, torn=torn), make_ledger(tmp_path / "rounds.jsonl", 1)
     before = source.read_text(), path.read_text()
     monkeypatch.setattr("os.replace", no_space)
     with pytest.raises(OSError):
-        keep_rounds(path, 2, source)
+        find_rounds(source, 2).write(path)
     assert (source.read_text(), path.read_text()) == before
 
 

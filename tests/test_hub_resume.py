@@ -9,6 +9,7 @@ import pytest
 
 from fslora_hf.hub.fetch import fetch_round
 from fslora_hf.hub.outbox import OUTBOX_NAME
+from fslora_hf.storage.state_file import digest
 from tests.hub_calls import WRITES
 from tests.hub_repository import Link
 from tests.hub_runs import ROUNDS, check_same, send, train
@@ -16,6 +17,11 @@ from tests.worker_train import ledger
 
 pytest_plugins = ("tests.hub_client",)
 pytestmark = pytest.mark.slow
+
+
+def sealed(state: dict) -> bytes:
+    """A state file with the checksum of what it says, as a liar would write it."""
+    return json.dumps({**state, "digest": digest(state)}).encode()
 
 
 def test_a_run_goes_on_from_the_hub_on_an_empty_disk(hub, users, on_client, tmp_path):
@@ -71,12 +77,19 @@ def test_what_cannot_be_resumed_from_the_hub(hub, users, on_client, tmp_path):
     files = hub.find("user/run").files("main")
     state = json.loads(files["federated_state.json"])
     for name in ("../evil.json", "run.py", "model.pkl", "/etc/x.json"):
-        changed = {**state, "files": {**state["files"], name: "0"}}
-        hub.add("user/run", {"federated_state.json": json.dumps(changed).encode()})
-        assert "found damage" in refused("hub")
+        changed = {**state, "files": {**state["files"], name: "0" * 64}}
+        hub.add("user/run", {"federated_state.json": sealed(changed)})
+        assert "found damage (" in (said := refused("hub")) and name in said
     for name, value in (("round", -3), ("round", "2"), ("round", float("inf")), ("run", []), ("files", None)):
-        hub.add("user/run", {"federated_state.json": json.dumps({**state, name: value}).encode()})
-        assert "found damage" in refused("hub"), (name, value)
+        hub.add("user/run", {"federated_state.json": sealed({**state, name: value})})
+        assert f" for {'a round' if name == 'round' else name})" in refused("hub"), (name, value)
+    hub.add("user/run", {"federated_state.json": sealed({**state, "round": 10**9})})
+    assert "rounds.jsonl does not hold the rounds before" in refused("hub")
+    many = {**state["files"], **{f"{n}.json": "0" * 64 for n in range(200)}}
+    hub.add("user/run", {"federated_state.json": sealed({**state, "files": many})})
+    assert "found damage (206 files in federated_state.json)" in refused("hub")
+    hub.add("user/run", {"federated_state.json": json.dumps({**state, "round": 2}).encode()})
+    assert "found damage (its checksum is not that of its content)" in refused("hub")
     hub.add("user/run", {"federated_state.json": b"[" * 100_000})
     assert "found damage" in refused("hub")
     for content in (b"x", Link("/etc/passwd")):
@@ -88,7 +101,7 @@ def test_what_cannot_be_resumed_from_the_hub(hub, users, on_client, tmp_path):
     assert "rounds.jsonl with the checksum" in refused("hub")
     sums = json.loads(files["federated_state.json"])
     sums["files"]["rounds.jsonl"] = hashlib.sha256(ledger).hexdigest()
-    hub.add("user/run", {"federated_state.json": json.dumps(sums).encode()})
+    hub.add("user/run", {"federated_state.json": sealed(sums)})
     assert "found damage (rounds.jsonl does not hold the rounds before)" in refused("hub")
     assert not (tmp_path / "new" / ".hub_resume").exists()
 

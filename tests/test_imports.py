@@ -17,7 +17,7 @@ ROWS = [
     {"refusals"},
     {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining", "token_metrics"},
     {"loader", "engine", "block_size", "targets", "recipe", "hub", "folding"},
-    {"adapter_checks"},
+    {"adapter_checks", "resuming"},
     {"run", "callbacks", "round_scores", "subjects", "checks"},
     {"best_round"},
     {"trainer"},

@@ -101,7 +101,7 @@ def test_a_saved_and_loaded_server_goes_on_bit_for_bit(kind, steps, tmp_path):
     other.step(make_update(77))  # what it had is gone after loading
     for old, new in zip(tensors(server), tensors(other), strict=True):
         new.copy_(old)
-    other.load(tmp_path / "state.safetensors")
+    other.load(tmp_path / "state.safetensors", 2)
     for seed in range(10, 13):
         server.step(make_update(seed))
         other.step(make_update(seed))

@@ -1,7 +1,6 @@
 """A round of a run from its Hub repository, to resume from: safetensors and JSON only, checked before use."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from ..ledger import LEDGER_NAME, read_records
 from ..storage.disk_errors import START_AGAIN, WriteError, is_full, told
 from ..storage.files import sync_path, sync_tree
 from ..storage.result_files import IN_LOOP, OUTCOMES, RESULTS
+from ..storage.state_file import parse_state
 from .errors import HubError, check_token, scrub
 
 RESULTS_FOLDER = "results/"  # in the repository of a run
@@ -28,6 +28,7 @@ RESUMED = (  # what a run is resumed from, beside the state file that holds the 
 _ENDINGS = (".safetensors", ".json", ".jsonl")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _LARGEST_TEXT = 200 * 2**20  # bytes of a JSON file that are read at most
+_MOST_FILES = 100  # of a state that is fetched
 
 
 def parse_source(text: str, own_repository: str | None, own_branch: str | None) -> tuple[str, str | None] | None:
@@ -81,10 +82,10 @@ def fetch_round(repository: str, revision: str | None, folder: Path, token: str 
 
 def _fetch(api: HfApi, repository: str, revision: str | None, folder: Path) -> Path:
     commit = api.model_info(repository, revision=revision).sha
-    state = json.loads(_download(api, repository, commit, STATE_NAME).read_text(encoding="utf-8"))
+    state = parse_state(_download(api, repository, commit, STATE_NAME))
     round, names = state["round"], [check_name(name) for name in state["files"]]
-    if not isinstance(round, int) or round < 1 or not isinstance(state["run"], dict):
-        raise ValueError(f"{STATE_NAME} names no round of a run")
+    if len(names) > _MOST_FILES:
+        raise ValueError(f"{len(names):,} files in {STATE_NAME}")
     if missing := sorted({*RESUMED} - {*names}):
         raise CheckpointError(
             f"Expected what a run is resumed from in {repository} at round {round}, found {', '.join(missing)} "
@@ -97,7 +98,8 @@ def _fetch(api: HfApi, repository: str, revision: str | None, folder: Path) -> P
         shutil.copyfile(_download(api, repository, commit, name), target / name)
     read_state(target)  # the checksums of all of it
     shutil.copyfile(target / LEDGER_NAME, folder / LEDGER_NAME)
-    if [record["round"] for record in read_records(folder / LEDGER_NAME)] != [*range(round)]:
+    found = [record.get("round") for record in read_records(folder / LEDGER_NAME)]
+    if len(found) != round or found != [*range(len(found))]:
         raise ValueError(f"{LEDGER_NAME} does not hold the rounds before")
     _fetch_results(api, repository, commit, folder / IN_LOOP)
     return target

@@ -151,7 +151,7 @@ class RoundPublisher:
         trainer._save(str(folder))
         if args.push_resume_state:
             trainer._engine.server.save(folder / SERVER_NAME)
-            trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            trainer._save_state(folder)
         shutil.copyfile(trainer.ledger_path, folder / LEDGER_NAME)
         write_state(folder, trainer.rounds_done, self._identity(), RESUMED if args.push_resume_state else ())
         results = self._copy_results(folder) if args.push_eval_results else []

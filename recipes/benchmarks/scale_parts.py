@@ -252,6 +252,11 @@ def renumber(checkpoint: Path, round: int) -> None:
     from fslora_hf.checkpoint import STATE_NAME, read_state, whole_folder
 
     folder = checkpoint.parent
+    record = json.loads((folder / "rounds.jsonl").read_text())
+    with open(folder / "rounds.jsonl", "w", encoding="utf-8") as ledger:  # first: a checkpoint marks how it stands
+        ledger.writelines(json.dumps({**record, "round": number}) + "\n" for number in range(round))
+        ledger.flush()
+        os.fsync(ledger.fileno())
     with whole_folder(folder / f"checkpoint-{round}", round, read_state(checkpoint)["run"]) as later:
         for path in checkpoint.iterdir():
             if path.name != STATE_NAME:
@@ -262,11 +267,6 @@ def renumber(checkpoint: Path, round: int) -> None:
         state |= {"global_step": round, "epoch": float(round)}
         (later / "trainer_state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
     shutil.rmtree(checkpoint)
-    record = json.loads((folder / "rounds.jsonl").read_text())
-    with open(folder / "rounds.jsonl", "w", encoding="utf-8") as ledger:
-        ledger.writelines(json.dumps({**record, "round": number}) + "\n" for number in range(round))
-        ledger.flush()
-        os.fsync(ledger.fileno())
 
 
 KINDS = {"planning": planning, "hand_over": hand_over, "startup": startup, "resume": resume}
