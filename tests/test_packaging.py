@@ -160,7 +160,7 @@ def test_ci_runs_the_commands_of_the_readme_in_its_order():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-@pytest.mark.parametrize("left", ["outputs", "wandb", "numpy", "result_files"])
+@pytest.mark.parametrize("left", ["outputs", "wandb", "numpy", "measurements"])
 def test_lint_is_not_led_astray_by_a_folder_that_a_run_left(left, tmp_path):
     """A folder at the top is no module, even where a file imports one of its name."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
@@ -171,7 +171,8 @@ def test_lint_is_not_led_astray_by_a_folder_that_a_run_left(left, tmp_path):
     assert checked.returncode == 0, checked.stdout
 
 
-def test_no_script_imports_a_module_that_bears_the_name_of_a_folder_of_results():
+def test_names_of_modules_are_their_own():
+    """Folders of scripts and of tests are searched side by side, and where runs leave folders, too."""
     ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
-    modules = {path.stem for path in (ROOT / "recipes").rglob("*.py")}
-    assert not modules & ignored
+    scripts = {path.stem for name in ("benchmarks", "federation") for path in (ROOT / "recipes" / name).glob("*.py")}
+    assert not scripts & ({path.stem for path in (ROOT / "tests").glob("*.py")} | ignored)

@@ -10,7 +10,7 @@ own default. Every measurement is a process of its own, and both take turns; med
 import argparse
 import json
 
-from result_files import write_result  # beside this file
+from measurements import write_result  # beside this file
 from step_rows import add_rows_option
 from throughput import LOSSES, PACKAGES, add_work_options, figures, time_steps
 from turns import run_again, take_turns

@@ -31,7 +31,7 @@ from least_squares import Law, Problem, make_problem, safe_rate  # beside this f
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from result_files import write_result
+from measurements import write_result
 
 from fslora_hf.methods import ClientUpdate
 from fslora_hf.methods.fslora import FSLoRA

@@ -20,7 +20,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from result_files import processor, write_result  # beside this file
+from measurements import processor, write_result  # beside this file
 from step_rows import QUIET, make_rows, make_tokenizer
 from throughput import PACKAGES, TARGETS, add_work_options, load_model
 from turns import run_again

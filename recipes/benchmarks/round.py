@@ -33,7 +33,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from result_files import processor, write_result  # beside this file
+from measurements import processor, write_result  # beside this file
 from step_rows import RANDOM, add_rows_option, rows_and_tokenizer, tokenised_rows
 from throughput import LOSSES, PACKAGES, TARGETS, add_work_options, load_model
 from turns import run_again, take_turns

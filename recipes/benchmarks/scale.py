@@ -25,7 +25,7 @@ import json
 import statistics
 from pathlib import Path
 
-from result_files import processor, write_result  # beside this file
+from measurements import processor, write_result  # beside this file
 from scale_parts import ADAPTED, KINDS
 from turns import SEEN, run_again, take_turns
 

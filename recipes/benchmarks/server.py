@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import torch
-from result_files import processor, write_result  # beside this file
+from measurements import processor, write_result  # beside this file
 from turns import SEEN, run_again, take_turns
 
 from fslora_hf.host_memory import forget_peak, held_bytes, peak_bytes

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from matrix_rate import flops_per_token, matrix_rate  # beside this file
-from result_files import processor, write_result
+from measurements import processor, write_result
 from step_rows import QUIET, RANDOM, CountingCollator, add_rows_option, rows_and_tokenizer
 from turns import run_again, take_turns
 
