@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from .adapter import lora_layers
-from .quantized import keep_as_stored
+from .quantized import check_as_stored, keep_as_stored
 
 _PEFT_ERRORS = (
     "Target module",
@@ -88,7 +88,9 @@ def _check_seen(base: PreTrainedModel, layers: dict[str, LoraLayer]) -> Iterator
 @torch.no_grad()
 def layers_seeing_all(base: PreTrainedModel) -> set[str] | None:
     """Names of the model's linear and adapted layers that see every token of a batch whenever they are called, found
-    by trying with a few tokens; None if the model does not run on tokens alone."""
+    by trying with a few tokens; None if the model does not run on tokens alone, or not any more."""
+    if any(check_as_stored(base)):  # which cannot be computed with
+        return None
     keep_as_stored(base)  # which trying in evaluation mode could change for good
     rows = torch.arange(12, device=base.get_input_embeddings().weight.device).view(2, 6)
     rows = rows % base.get_input_embeddings().weight.shape[0]
