@@ -6,7 +6,8 @@ a client's own rank are zero on both sides, so their gradients are zero and ever
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -66,19 +67,22 @@ class StackedLora(LoraVariant):
     def __init__(self):
         self.scale = torch.empty(0)  # [clients, 1, 1], each client's factor on the layer's LoRA scale
         self.beside_global = False  # whether clients add to the global adapter, and not stand in its place
-        self.positions = 0  # tokens of the batch, padding included
+        self.positions: int | None = None  # tokens of the batch at work, padding included; None beside a step
 
     def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
-        if self.beside_global or not module.training:  # whoever evaluates within a round means the global adapter
+        # Whoever evaluates or generates within a round, but beside a step, means the global adapter.
+        with_clients = module.training and self.positions is not None
+        if self.beside_global or not with_clients:
             A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-            result = result + B(A(x)) * module.scaling[active_adapter]
-        if not module.training:
+            seen = x if with_clients else module.lora_dropout[active_adapter](x)
+            result = result + B(A(seen)) * module.scaling[active_adapter]
+        if not with_clients:
             return result
         clients = self.scale.shape[0]
-        if x.shape[:-1].numel() != self.positions:
+        if clients > 1 and x.shape[:-1].numel() != self.positions:
             raise RuntimeError(
-                f"Expected a targeted layer to see every token of the batch in order ({self.positions} tokens), found "
-                f"{x.shape[:-1].numel()}: leave layers that are routed, such as experts, out of target_modules."
+                f"Expected every token of the batch in order ({self.positions} tokens) in a targeted layer while "
+                f"{clients} clients share a step, found {x.shape[:-1].numel()}: set per_device_train_clients to 1."
             )
         x = module.lora_dropout[active_adapter](x).reshape(clients, -1, x.shape[-1])
         down = torch.bmm(x, module.client_A.mT)
@@ -153,7 +157,7 @@ class ClientStack:
 
     @torch.no_grad()
     def load(self, adapters: Sequence[ClientAdapter]) -> None:
-        """Refill the stack with the clients of a block and make the model compute with them.
+        """Refill the stack with the clients of a block, for the model to compute with at work.
 
         The parameters stay the same objects, in the same memory, and take the block's shape; without clients (an idle
         block) they keep what they hold.
@@ -182,9 +186,20 @@ class ClientStack:
         self._received = ()
         self._activate(False)
 
-    def expect(self, positions: int) -> None:
-        """Tell the layers how many tokens (padding included) the next forward passes see."""
-        self._variant.positions = positions
+    @contextmanager
+    def at_work(self, positions: int) -> Iterator[None]:
+        """Within, and only there, the model computes with the clients loaded if it is in training mode: of a batch of
+        so many tokens, padding included, each client has an equal part, in order. What the backward pass recomputes
+        belongs to it."""
+        before, self._variant.positions = self._variant.positions, positions
+        try:
+            yield
+        finally:
+            self._variant.positions = before
+
+    @property
+    def is_at_work(self) -> bool:
+        return self._variant.positions is not None
 
     @property
     def clients(self) -> int:

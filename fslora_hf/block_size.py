@@ -150,11 +150,11 @@ def take_step(trainer: "FederatedSketchTrainer", clients: int, longest: list[dic
         stack.load([_blank(*global_pair(model), rank) for _ in range(clients)])
         rows = trainer.data_collator(longest[: clients * args.per_device_train_batch_size])
         inputs = {name: tensor.to(args.device) for name, tensor in rows.items()}
-        stack.expect(inputs["input_ids"].numel())
         model.train()
         devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), trainer.accelerator.autocast():
-            log_probs = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+        with torch.random.fork_rng(devices), stack.at_work(inputs["input_ids"].numel()):
+            with trainer.accelerator.autocast():
+                log_probs = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
             log_probs.sum().backward()
         # An optimizer's two moments of every number that is trained.
         _ = [torch.zeros_like(p) for p in stack.parameters() if p.grad is not None for _ in range(2)]

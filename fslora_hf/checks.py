@@ -76,6 +76,16 @@ def check_round_callbacks(found: int) -> Iterator[str]:
         yield f"Expected one RoundCallback among the callbacks, found {found}: one folds every round; leave one."
 
 
+def check_own_loss(name: str, args: FederatedSketchConfig) -> Iterator[str]:
+    """Problems of a trainer whose class has a loss of its own, which knows nothing of clients."""
+    block = getattr(args, "per_device_train_clients", 1)
+    if block != 1:
+        yield (
+            f"Expected per_device_train_clients to be 1 with a loss of its own in {name}.compute_loss, which would "
+            f"mix the clients of a step, found {block}: set it to 1."
+        )
+
+
 def check_clients(args: FederatedSketchConfig, clients: int, ranks: np.ndarray, global_rank: int) -> Iterator[str]:
     """Problems that show once the number of clients and their ranks are known."""
     if (args.clients_per_round or clients) > clients:

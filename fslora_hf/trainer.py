@@ -42,6 +42,7 @@ from .checkpoint import FEEDBACK_NAME, SERVER_NAME, read_state, rotate, whole_fo
 from .checks import (
     check_clients,
     check_columns,
+    check_own_loss,
     check_prepared_rows,
     check_round_callbacks,
     check_trainer_arguments,
@@ -51,7 +52,6 @@ from .clients import ClientIndex
 from .compression import TopK
 from .config import FederatedSketchConfig
 from .data.tokens import tokenise_texts
-from .draws import seed_from
 from .engine import RoundEngine
 from .feedback import ErrorFeedback
 from .folding import FOLDED_NAME, FoldedBase
@@ -61,6 +61,7 @@ from .joining import StepCost, keeps_rows_apart
 from .layout import Layout
 from .ledger import LEDGER_NAME, read_records
 from .loader import RoundBatches, RoundLoader
+from .local_steps import LocalSteps
 from .methods import beside, method_class
 from .methods.contract import check_received
 from .plan import ClientPlan, RoundPlan, plan_round
@@ -147,6 +148,9 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
         callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
         own = sum(isinstance(callback, RoundCallback) for callback in callbacks)
         problems = check_trainer_arguments(args, train_dataset, model, lora, eval_dataset, unsupported)
+        self._own_loss = type(self).compute_loss is not FederatedSketchTrainer.compute_loss
+        if self._own_loss:
+            problems = [*check_own_loss(type(self).__name__, args), *problems]
         raise_together([*check_round_callbacks(own or 1), *problems])
         raise_together(best_problems(args, callbacks, eval_dataset, compute_metrics))
         raise_together(check_columns(args, train_dataset, formatting_func))
@@ -192,8 +196,8 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
                 tensor.data.copy_(exact[name])
         base = self.model.get_base_model()
         add_scored_head(base)
-        # NEFTune's noise is measured by the length of sequences, which joining changes.
-        joins = args.neftune_noise_alpha is None and keeps_rows_apart(base)
+        # NEFTune's noise is measured by the length of sequences, and a subclass's loss reads them.
+        joins = args.neftune_noise_alpha is None and not self._own_loss and keeps_rows_apart(base)
         self._joining = StepCost.of(base) if joins else None
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoundProgressCallback())
@@ -201,6 +205,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
         self._bind_callbacks()
         self._plan_rounds(ClientIndex.from_column(prepared_ids), lora.r)
         self._engine: RoundEngine | None = None
+        self._steps = LocalSteps()
         self._token_metrics = TokenMetrics(partial(self.accelerator.reduce, reduction="sum"), args.device)
         self._scorer, self._asked = RoundScorer(args, eval_dataset, self.model, self.processing_class), None
         self.rounds_done, self._bytes_up = 0, 0
@@ -310,7 +315,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
 
     def begin_round(self, round: int) -> None:
         # Dropout's numbers depend on the round and the process alone, so that a resumed round draws them anew.
-        torch.manual_seed(seed_from(self.args.seed, "dropout", round, self.args.process_index))
+        self._steps.begin_round(self.args.seed, "dropout", round, self.args.process_index)
         self._engine.begin_round(round)
         if round + 1 < self.args.num_rounds:
             self._ahead.submit(self._plan, round + 1)  # while this round trains
@@ -485,7 +490,13 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if inputs["input_ids"].shape[0] == 0:  # an idle slot
             return torch.zeros((), device=self.args.device)
-        return super().training_step(model, inputs, num_items_in_batch) * self._engine.loss_share
+        inputs = dict(inputs)  # as SFTTrainer has them, for a loss of a subclass
+        clients, self._step_tokens = inputs.pop("clients"), inputs.pop("tokens")
+        with self._steps.take(self._engine.stack, inputs["input_ids"].numel()):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._own_loss:
+            self._engine.record_loss(loss.reshape(int(clients)))  # which is one client's
+        return loss.reshape(()) * self._engine.loss_share
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Tokens that each client of the coming step is scored on, over all its micro-batches: `[clients]`."""
@@ -497,19 +508,21 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
         return sum(counts).to(device) if counts else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self._engine is None or not self.model.training or return_outputs:
+        if self._engine is None or not self._engine.stack.is_at_work or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         clients = len(num_items_in_batch)
-        self._engine.stack.expect(inputs["input_ids"].numel())
-        fed = {name: value for name, value in inputs.items() if name not in ("clients", "tokens")}
-        outputs = model(**fed, use_cache=False, fused_lm_head=True)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         token_losses = -outputs.log_probs  # zero where nothing is scored
         if self.args.loss_type == "dft":
             token_losses = token_losses * outputs.log_probs.exp().detach()
         losses = token_losses.view(clients, -1).sum(1) / num_items_in_batch
-        self._engine.record_loss(losses)
-        self._token_metrics.add(outputs, inputs["tokens"])
-        return losses.sum()
+        self._token_metrics.add(outputs, self._step_tokens)
+        if not self._own_loss:
+            self._engine.record_loss(losses)
+        if return_outputs:
+            with torch.no_grad():
+                outputs = model(**inputs, use_cache=False)  # with the logits, as SFTTrainer's
+        return (losses.sum(), outputs) if return_outputs else losses.sum()
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:

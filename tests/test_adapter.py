@@ -69,8 +69,8 @@ def stacked(request):
     stack.attach()
     stack.load(adapters)
     ids = make_ids(len(adapters))
-    stack.expect(ids.numel())
-    return model, stack, adapters, ids
+    with stack.at_work(ids.numel()):
+        yield model, stack, adapters, ids
 
 
 def test_forward_and_gradients_equal_separate_plain_adapters(stacked):
@@ -130,8 +130,8 @@ def test_a_block_takes_no_more_than_its_clients_and_its_largest_rank(stacked):
         for name, layer in lora_layers(model).items():
             assert torch.equal(layer.client_A[0, : block[0].A[name].shape[0]], block[0].A[name])
         rows = ids[: 2 * len(block)] if block is adapters else ids.chunk(3)[0]
-        stack.expect(rows.numel())
-        client_loss(model(input_ids=rows).logits, len(block)).backward()
+        with stack.at_work(rows.numel()):
+            client_loss(model(input_ids=rows).logits, len(block)).backward()
         assert all(p.grad.shape == p.shape and p.grad.abs().sum() > 0 for p in stack.parameters())
     assert all(a is b for a, b in zip(parameters, stack.parameters(), strict=True))
     assert places == [p.data_ptr() for p in stack.parameters()]
@@ -247,8 +247,8 @@ def test_merging_an_active_client_is_an_error(stacked, merge):
 def test_a_routed_layer_is_an_error(stacked):
     """A layer that sees other tokens than the batch's, as experts do, cannot tell whose they are."""
     model, stack, adapters, ids = stacked
-    stack.expect(ids.numel() + 1)
-    with pytest.raises(RuntimeError, match=r"Expected a targeted layer .*\(31 tokens\), found 30: leave .* experts"):
+    message = r"\(31 tokens\) in a targeted layer while 3 clients share a step, found 30: set per_device_train_clients"
+    with stack.at_work(ids.numel() + 1), pytest.raises(RuntimeError, match=message):
         model(input_ids=ids)
 
 
@@ -281,11 +281,10 @@ def test_a_saved_client_adapter_gives_the_same_logits_in_plain_peft(tmp_path, k,
     stack.attach()
     stack.load([adapter])
     ids = make_ids(1)
-    stack.expect(ids.numel())
     save_client_adapter(tmp_path / "new" / "folder", adapter, model.peft_config["default"])
     loaded = PeftModel.from_pretrained(tiny.base_model(), tmp_path / "new" / "folder", autocast_adapter_dtype=False)
     assert isinstance(loaded.peft_config["default"], LoraConfig) and loaded.peft_config["default"].r == k
-    with torch.no_grad():
+    with torch.no_grad(), stack.at_work(ids.numel()):
         expected, found = model(input_ids=ids).logits, loaded(input_ids=ids).logits
         assert not torch.allclose(found, loaded.unload()(input_ids=ids).logits, atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

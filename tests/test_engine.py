@@ -199,8 +199,8 @@ def test_the_global_adapter_is_active_between_blocks():
     expected = engine.model(input_ids=ids).logits
     engine.begin_round(0)
     engine.hand_over(0)
-    engine.stack.expect(2 * ids.numel())
-    assert not torch.allclose(engine.model(input_ids=ids.repeat(2, 1)).logits[:1], expected)
+    with engine.stack.at_work(2 * ids.numel()):
+        assert not torch.allclose(engine.model(input_ids=ids.repeat(2, 1)).logits[:1], expected)
     train(engine)
     engine.collect()
     assert torch.equal(engine.model(input_ids=ids).logits, expected)  # folded only when the round closes

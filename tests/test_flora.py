@@ -286,8 +286,7 @@ def test_law_8_a_trained_clients_adapter_gives_its_own_logits(tmp_path, method):
     stack.attach()
     stack.load([received, trained])
     ids = torch.tensor([tiny.tokenised()[i]["input_ids"][:3] for i in range(8)])
-    stack.expect(2 * ids.numel())
-    with torch.no_grad():
+    with torch.no_grad(), stack.at_work(2 * ids.numel()):
         ours = model.train()(input_ids=ids.repeat(2, 1)).logits[8:]
         held = stack.current(1)
     stack.detach()

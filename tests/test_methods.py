@@ -295,8 +295,8 @@ def test_ffa_lora_clips_by_the_gradients_of_b_alone():
     stack.attach()
     stack.load([METHODS["ffa_lora"]().receive(ServerState(*global_pair(model)), SimpleNamespace(rank=R), sketch)])
     ids = torch.tensor([[3, 4, 5, 6]])
-    stack.expect(ids.numel())
-    model.train()(input_ids=ids, labels=ids).loss.backward()
+    with stack.at_work(ids.numel()):
+        model.train()(input_ids=ids, labels=ids).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert gradients and all(name.endswith("client_B") for name in gradients)
     norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()

@@ -8,7 +8,6 @@ from trl import SFTTrainer
 
 from .. import host_memory
 from ..callbacks import RoundCallback
-from ..draws import seed_from
 from ..engine import RoundEngine
 from ..feedback import ErrorFeedback
 from ..methods import ClientAdapter, method_class
@@ -116,7 +115,7 @@ class NodeTrainer(FederatedSketchTrainer):
         super().begin_round(round)
         (client,) = self.round_plan(round).clients
         # Each client has dropout of its own, also on nodes that are all the first process of theirs.
-        torch.manual_seed(seed_from(self.args.seed, "dropout", round, client.client_id))
+        self._steps.begin_round(self.args.seed, "dropout", round, client.client_id)
 
     def log(self, logs, start_time=None):
         """Nothing: what a round came to goes to the server, which keeps the ledger."""
