@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from trl import SFTConfig
 
 from .methods import METHODS as METHOD_CLASSES
-from .refusals import contradictions, launcher_problems, meaningless, wrong_values
+from .refusals import contradictions, launcher_problems, meaningless, trial_problems, wrong_values
 from .settings import SettingsError, default_of, field_problems, is_a, said
 from .storage.result_files import PROTOCOLS
 
@@ -195,8 +195,10 @@ class FederatedSketchConfig(SFTConfig):
         try:
             if not launcher:  # with DeepSpeed asked for, the classes above would set it up
                 super().__post_init__()
+                sentences += trial_problems(self)
         except Exception as error:  # whatever a value of another kind makes them stumble over
-            raise SettingsError([*sentences, *launcher, said(error)]) from None  # whose text may quote a secret
+            text = f"Expected settings that transformers takes, found '{said(error)}': correct what it names."
+            raise SettingsError([*sentences, *launcher, text]) from None  # the cause's text may quote a secret
         if sentences or launcher:
             raise SettingsError(sentences + launcher)
 
@@ -218,6 +220,9 @@ class FederatedSketchConfig(SFTConfig):
         block = self.per_device_train_clients
         if isinstance(block, str) and block.isdecimal():  # a number on the command line
             self.per_device_train_clients = int(block)
+        for name in ("adam_beta1", "adam_beta2"):  # 0 in a file: torch takes no integer
+            beta = getattr(self, name)
+            setattr(self, name, float(beta) if is_a(beta, int) and beta == 0 else beta)
         ranks = self.client_ranks.tolist() if hasattr(self.client_ranks, "tolist") else self.client_ranks
         if isinstance(ranks, (list, tuple)):  # numpy's integers as Python's, which JSON can hold
             ranks = [int(rank) if is_a(rank, int) else rank for rank in ranks]

@@ -16,6 +16,7 @@ from .common.masking import is_secret_name, scrub
 from .common.strict_yaml import YamlFileError, read_yaml
 from .data.commonsense import check_tasks
 from .partition import SCHEME_OPTIONS
+from .ranges import range_problems
 from .settings import SettingsError, field_problems, is_a, kind_of, named, said, sentence
 from .variables import variable_problems
 
@@ -83,11 +84,7 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
-        problems = field_problems(self)
-        for name in ("train_rows_per_task", "eval_rows_per_task", "num_clients", "shards_per_client"):
-            value = getattr(self, name)
-            if is_a(value, int) and value < 1:
-                problems[name] = sentence(name, "at least 1", value, "raise it")
+        problems = field_problems(self) | range_problems(self)
         if self.dataset is None:
             self.dataset = "miniature" if self.data_dir is None else "commonsense"
         sentences = [*problems.values(), *self._data_problems()]
@@ -142,7 +139,7 @@ class ModelArguments(ModelConfig):
     use_peft: bool = field(default=True, metadata={"help": "Always true: clients train LoRA adapters."})
 
     def __post_init__(self):
-        problems = field_problems(self)
+        problems = field_problems(self) | range_problems(self)
         refused = {
             "use_peft": (True, "clients train LoRA adapters, so remove it"),
             "use_dora": (False, "clients hold plain LoRA pairs, so remove it"),
@@ -157,9 +154,6 @@ class ModelArguments(ModelConfig):
         if not self.model_name_or_path:
             remedy = "name a model of the Hub or a folder that holds one"
             problems["model_name_or_path"] = sentence("model_name_or_path", "set", self.model_name_or_path, remedy)
-        for name in ("lora_r", "lora_alpha"):
-            if is_a(getattr(self, name), int) and getattr(self, name) < 1:
-                problems[name] = sentence(name, "at least 1", getattr(self, name), "raise it")
         if is_a(self.lora_dropout, float) and not 0 <= self.lora_dropout < 1:
             remedy = "choose a share such as 0.1"
             problems["lora_dropout"] = sentence("lora_dropout", "at least 0 and below 1", self.lora_dropout, remedy)

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Set
 from dataclasses import fields
 from typing import Any
 
+import torch
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .methods import Method, MethodError, method_class
-from .settings import default_of, did_you_mean, is_a, sentence
+from .ranges import range_problems
+from .schedule import round_schedule
+from .settings import default_of, did_you_mean, is_a, said, sentence
 
 AUTO = "auto"  # per_device_train_clients: as many as fit
 
@@ -91,15 +94,9 @@ _LAUNCHERS = {
 _NOT_OF_THE_ROUND = ("reduce_lr_on_plateau", "greedy")
 _SCHEDULES = tuple(each.value for each in SchedulerType if each.value not in _NOT_OF_THE_ROUND)
 _NO_ROUTER_LOSS = ("router_aux_loss_coef", 0.0)  # the value that turns it off; None leaves it to the model
-_AT_LEAST = {
-    **dict.fromkeys(("num_rounds", "clients_per_round", "local_steps", "per_device_train_clients", "min_examples"), 1),
-    **dict.fromkeys(("min_rank", "max_rank", "per_device_train_batch_size", "per_device_eval_batch_size"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "eval_num_beams", "eval_max_new_tokens"), 1),
-    "max_length": 2,  # the shift takes the first token from the loss
-    **dict.fromkeys(("save_rounds", "eval_rounds", "push_rounds"), 0),
-    **dict.fromkeys(("seed", "learning_rate", "warmup_steps"), 0),
-    **dict.fromkeys(("weight_decay", "max_grad_norm"), 0),
-}
+_LONGEST_NAME, _LONGEST_PATH = 255, 3800  # bytes; a run's own files need some
+_DEEPEST = 32  # levels of a mapping
+_MOST_EXAMPLES = 10**8  # of a client in a round, each a number of its plan
 
 
 def meaningless(args: Any) -> dict[str, str]:
@@ -116,21 +113,13 @@ def meaningless(args: Any) -> dict[str, str]:
 
 def wrong_values(args: Any) -> dict[str, str]:
     """Values out of the range of what works."""
-    problems = {}
-    for name, least in _AT_LEAST.items():
-        value = getattr(args, name)
-        if is_a(value, float) and not value >= least:
-            problems[name] = sentence(name, f"at least {least}", value, "raise it")
+    problems = range_problems(args)
     name, block = "per_device_train_clients", args.per_device_train_clients
     if block != AUTO and not is_a(block, int):
         problems[name] = sentence(name, f"a number of clients, or {AUTO}", block, "write one of these")
     if is_a(args.upload_top_k, float) and not 0 < args.upload_top_k <= 1:
         remedy = "give a share such as 0.1, or remove it to send all"
         problems["upload_top_k"] = sentence("upload_top_k", "above 0 and at most 1", args.upload_top_k, remedy)
-    for name in ("server_learning_rate", "hub_deadline", "upload_budget"):
-        value = getattr(args, name)
-        if is_a(value, float) and not 0 < value < math.inf:
-            problems[name] = sentence(name, "above 0", value, "raise it" if value <= 0 else "give a finite number")
     try:
         if isinstance(args.method, str):
             method_class(args.method)
@@ -145,7 +134,42 @@ def wrong_values(args: Any) -> dict[str, str]:
         if schedule in _NOT_OF_THE_ROUND:
             remedy = "the rate is a function of the round, not of what it led to, so choose one of these"
         problems["lr_scheduler_type"] = sentence("lr_scheduler_type", expected, schedule, remedy)
-    return problems | _wrong_ranks(args)
+    return problems | _wrong_ranks(args) | _wrong_mappings(args) | folder_problems("output_dir", args.output_dir)
+
+
+def folder_problems(name: str, value: Any) -> dict[str, str]:
+    """What no disk can have as a folder's name, by the setting's name; else nothing."""
+    if not is_a(value, str):
+        return {}
+    text, remedy = os.fspath(value), "name another folder"
+    try:
+        parts = os.fsencode(text).split(os.fsencode(os.sep))
+    except (UnicodeEncodeError, AttributeError):  # half a character
+        return {name: sentence(name, "a name of whole characters", value, remedy)}
+    if not text.strip() or "\0" in text:
+        return {name: sentence(name, "the name of a folder", value, remedy)}
+    if len(os.fsencode(text)) > _LONGEST_PATH or max(map(len, parts)) > _LONGEST_NAME:
+        expected = f"of names of at most {_LONGEST_NAME} bytes, and of {_LONGEST_PATH} in all"
+        return {name: sentence(name, expected, value, "shorten it")}
+    return {}
+
+
+def _wrong_mappings(args: Any) -> dict[str, str]:
+    """Mappings with a number that no file of a run can hold: JSON has neither NaN nor infinity."""
+    names = [each.name for each in fields(args) if isinstance(getattr(args, each.name), dict)]
+    expected = "a mapping of finite numbers and texts, no deeper than needed"
+    return {
+        name: sentence(name, expected, getattr(args, name), "correct its values")
+        for name in names
+        if not _is_finite(getattr(args, name))
+    }
+
+
+def _is_finite(value: Any, level: int = 0) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return level < _DEEPEST and all(_is_finite(each, level + 1) for each in inner)
 
 
 def _wrong_ranks(args: Any) -> dict[str, str]:
@@ -167,6 +191,11 @@ def contradictions(args: Any, known_wrong: Set[str]) -> Iterator[str]:
         remedy = "set it, so that there are rounds to choose from"
         yield sentence("eval_rounds", "above 0 with load_best_model_at_end", args.eval_rounds, remedy)
     yield from _rank_contradictions(args, known_wrong)
+    sizes = ("local_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+    product = math.prod(getattr(args, name) for name in sizes) if not known_wrong & {*sizes} else 0
+    if product > _MOST_EXAMPLES:
+        expected = f"of at most {_MOST_EXAMPLES} examples together, a client's in a round"
+        yield f"Expected {', '.join(sizes)} to be {expected}, found {product}: lower one of them."
     if "method" not in known_wrong:
         method = method_class(args.method)
         yield from _feedback_contradictions(args, method, known_wrong)
@@ -222,6 +251,27 @@ def _feedback_contradictions(args: Any, method: type[Method], known_wrong: Set[s
     if args.push_resume_state is True:
         remedy = "what clients have not sent stays with them, so remove one of the two"
         yield sentence("push_resume_state", "off beside error_feedback", True, remedy)
+
+
+def trial_problems(args: Any) -> Iterator[str]:
+    """Settings that only the local optimizer, or the schedule, can judge: each is made once, on one number."""
+    from transformers import Trainer  # slow to import, and not needed to read settings
+
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    except Exception as error:  # each optimizer raises types of its own
+        yield f"Expected settings that optim={args.optim.value} takes, found: {said(error)}: correct optim_args."
+    try:
+        factors = [round_schedule(args, args.num_rounds)(round) for round in (0, args.num_rounds - 1)]
+    except Exception as error:
+        schedule = args.lr_scheduler_type.value
+        remedy = "correct lr_scheduler_kwargs"
+        yield f"Expected settings that lr_scheduler_type={schedule} takes, found: {said(error)}: {remedy}."
+    else:
+        if not all(is_a(factor, float) and abs(factor) < math.inf for factor in factors):
+            remedy = "correct lr_scheduler_kwargs"
+            yield sentence("the first and the last round's share of learning_rate", "numbers", factors, remedy)
 
 
 def launcher_problems(args: Any) -> list[str]:

@@ -75,6 +75,7 @@ from .server import ServerState
 from .settings import written
 from .storage.disk_errors import RESUME, told
 from .storage.files import whole_files
+from .storage.folders import check_writable
 from .storage.locks import held
 from .targets import unmatched_targets_told
 from .token_metrics import TokenMetrics
@@ -153,6 +154,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
             problems = [*check_own_loss(type(self).__name__, args), *problems]
         raise_together([*check_round_callbacks(own or 1), *problems])
         raise_together(best_problems(args, callbacks, eval_dataset, compute_metrics))
+        agree(lambda: check_writable(args.output_dir))
         raise_together(check_columns(args, train_dataset, formatting_func))
         raise_together(check_fold(args.method, quantization_config is not None))
         given = ClientIndex.from_column(column_to_numpy(train_dataset, args.client_id_column), args.client_id_column)

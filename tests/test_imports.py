@@ -12,7 +12,7 @@ ROWS = [
     {"common", "processes"},
     {"draws", "settings", "host_memory", "quantized", "storage"},
     {"ledger"},
-    {"clients", "sketch", "variables", "data", "checkpoint", "rows", "schedule", "report"},
+    {"clients", "sketch", "variables", "ranges", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation", "feedback"},
     {"refusals"},
     {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining", "token_metrics"},

@@ -9,7 +9,9 @@ from typing import Any
 
 from ..config import FederatedSketchConfig
 from ..methods import MethodError, method_class
+from ..ranges import range_problems
 from ..recipe import ModelArguments, RecipeArguments, parse_recipe, read_file, read_flags, read_mapping
+from ..refusals import folder_problems
 from ..settings import SettingsError, field_problems, is_a, sentence
 
 RECIPE_TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
@@ -85,11 +87,7 @@ class ComparisonArguments:
     )
 
     def __post_init__(self):
-        problems = field_problems(self)
-        for name in ("rounds", "eval_every", "upload_megabytes"):
-            value = getattr(self, name)
-            if is_a(value, float) and name not in problems and not value > 0:
-                problems[name] = sentence(name, "above 0", value, "raise it")
+        problems = range_problems(self) | folder_problems("output_dir", self.output_dir) | field_problems(self)
         for name in ("settings", "rank_laws", "cases", "method_settings"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):

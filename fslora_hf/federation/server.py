@@ -14,6 +14,7 @@ from datasets import Dataset
 from ..config import FederatedSketchConfig
 from ..data.sources import check_path
 from ..launch import build_trainer, finish
+from ..ranges import range_problems
 from ..recipe import ModelArguments, RecipeArguments, build_settings, read_file, read_flags
 from ..run import ranks_of_clients, refuse_occupied
 from ..settings import SettingsError, field_problems, is_a, sentence
@@ -59,16 +60,11 @@ class FederationArguments:
     )
 
     def __post_init__(self):
-        problems = field_problems(self)
+        problems = range_problems(self) | field_problems(self)
         if not self.recipe:
             problems["recipe"] = sentence("recipe", "a YAML file", self.recipe, "name one")
-        for name in ("clients", "min_clients"):
-            if is_a(getattr(self, name), int) and getattr(self, name) < 1:
-                problems.setdefault(name, sentence(name, "at least 1", getattr(self, name), "raise it"))
-        for name in ("join_deadline_s", "round_deadline_s", "max_update_norm"):
-            value = getattr(self, name)
-            if is_a(value, float) and not value > 0:
-                problems.setdefault(name, sentence(name, "above 0", value, "raise it"))
+        if is_a(self.max_update_norm, float) and not self.max_update_norm > 0:
+            problems["max_update_norm"] = sentence("max_update_norm", "above 0", self.max_update_norm, "raise it")
         ratio = self.max_norm_ratio
         if is_a(ratio, float) and ratio != 0 and not 1 < ratio:
             expected = "above 1, or 0 for no bound"

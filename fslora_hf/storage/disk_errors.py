@@ -11,6 +11,7 @@ START_AGAIN = "start again"
 RESUME = "resume with resume_from_checkpoint=True"
 _MEND = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
 _MEND |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "let it be written to")
+_MEND |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG), "name another")
 _NATIVE = re.compile(r"\(os error (\d+)\)")  # how writers in Rust (safetensors, tokenizers) end their messages
 
 

@@ -1,6 +1,11 @@
 """Folders for runs that nobody has named: no run is lost to the next."""
 
+import errno
+import os
+import tempfile
 from pathlib import Path
+
+from .disk_errors import told
 
 
 def unused_folder(folder: str) -> str:
@@ -10,3 +15,17 @@ def unused_folder(folder: str) -> str:
         number += 1
         candidate = Path(f"{folder}-{number}")
     return str(candidate)
+
+
+def check_writable(folder: str | Path) -> None:
+    """See that a folder can be made and written to, before hours of work end in it; nothing is left behind.
+
+    Raises:
+        WriteError: it cannot.
+    """
+    with told(folder):
+        path = Path(os.path.abspath(folder))
+        nearest = next(each for each in (path, *path.parents) if os.path.lexists(each))
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=nearest))
