@@ -38,6 +38,7 @@ from .best_round import (
 )
 from .block_size import fit_block
 from .callbacks import RoundCallback, RoundProgressCallback
+from .chat_template import borrowed_template, end_turns_alike
 from .checkpoint import FEEDBACK_NAME, SERVER_NAME, read_state, rotate, whole_folder
 from .checks import (
     check_clients,
@@ -172,7 +173,8 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
             if isinstance(model, PeftModel)
             else []
         )
-        with unmatched_targets_told(model):
+        borrowed = borrowed_template(args, model, processing_class)
+        with unmatched_targets_told(model), borrowed as processing_class:
             super().__init__(
                 model=model,
                 args=args,
@@ -197,6 +199,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
             for name, tensor in tensors.items():
                 tensor.data.copy_(exact[name])
         base = self.model.get_base_model()
+        end_turns_alike(args, base, self._tokenizer)
         add_scored_head(base)
         # NEFTune's noise is measured by the length of sequences, and a subclass's loss reads them.
         joins = args.neftune_noise_alpha is None and not self._own_loss and keeps_rows_apart(base)

@@ -18,7 +18,7 @@ ROWS = [
     {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining", "token_metrics"},
     {"loader", "engine", "block_size", "targets", "local_steps", "recipe", "hub", "folding"},
     {"adapter_checks", "resuming"},
-    {"run", "callbacks", "round_scores", "subjects", "checks"},
+    {"run", "callbacks", "round_scores", "subjects", "chat_template", "checks"},
     {"best_round"},
     {"trainer"},
     {"launch", "scoring"},
