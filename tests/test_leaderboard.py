@@ -241,7 +241,7 @@ def entry(name, source="f", protocol="loglikelihood", number=None, revision=None
         ([entry("x", revision="r1"), entry("x", revision="r2")], ["x (m@r1)", "x (m@r2)"]),
         ([entry("x", source="a/f"), entry("x", source="b/f")], ["x (a/f)", "x (b/f)"]),
         ([entry("x"), entry("x"), entry("x")], ["x", "x #2", "x #3"]),
-        ([entry(" x\n\x1b[31m y\t"), entry("")], ["x [31m y", "unnamed"]),
+        ([entry(" x\n\x1b[31m y\t"), entry("")], ["x y", "unnamed"]),
     ],
 )
 def test_names_are_made_unique_by_what_tells_apart(entries, names):

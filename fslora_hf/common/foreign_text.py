@@ -9,7 +9,7 @@ import heapq
 import os
 import re
 import reprlib
-from collections.abc import Collection, Set
+from collections.abc import Collection, Mapping, Set
 from itertools import islice
 from typing import Any
 
@@ -17,6 +17,7 @@ LONGEST = 200  # characters of one text
 LONGEST_NAME = 60  # of one of many names
 LONGEST_MESSAGE = 1000  # of a message that quotes several
 MOST_NAMED = 5  # of many names in a sentence
+MOST_FIELDS = 40  # of an object that others have written
 
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\^_]?")
 _brief = reprlib.Repr()
@@ -42,6 +43,18 @@ def foreign_text(text: Any, longest: int = LONGEST) -> str:
 def foreign_value(value: Any, longest: int = LONGEST) -> str:
     """A value as Python writes it, texts in quotes, in brief and on one line."""
     return foreign_text(_brief.repr(value), longest)
+
+
+def foreign_fields(values: Mapping[str, Any], most: int = MOST_FIELDS) -> dict[str, Any]:
+    """The first few values by their names, made short: numbers, truth values and None as they are, others as texts."""
+    return {foreign_text(name, LONGEST_NAME): _short(value) for name, value in islice(values.items(), most)}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str):
+        return foreign_text(value)
+    is_plain = value is None or isinstance(value, bool | float) or isinstance(value, int) and abs(value) < 2**63
+    return value if is_plain else foreign_value(value)
 
 
 def foreign_names(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import last_checkpoint
+from ..common.foreign_text import foreign_value
 from ..launch import FIGURE_NAME
 from ..ledger import LEDGER_NAME, read_records
 from ..report import read_ledger, totals
@@ -184,6 +185,7 @@ def check_alike(results: Sequence[Result]) -> None:
 def _same(first: Result, other: Result, what: str, expected: Any, found: Any) -> None:
     if expected != found:
         raise ValueError(
-            f"Expected runs with the same data and scoring, found {what} to be {expected!r} in {first.run.name} and "
-            f"{found!r} in {other.run.name}: remove the folder of the one that is wrong, and compare again."
+            f"Expected runs with the same data and scoring, found {what} to be {foreign_value(expected)} in "
+            f"{first.run.name} and {foreign_value(found)} in {other.run.name}: remove the folder of the one that is "
+            "wrong, and compare again."
         )

@@ -12,11 +12,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from ..common.foreign_text import foreign_fields, foreign_names, foreign_text
 from ..settings import did_you_mean, is_a, sentence
 from ..storage.result_files import FORMAT, PROTOCOLS, RESULTS
 
 METRICS = ("accuracy", "accuracy_norm", "format_validity")
 AVERAGE = "average"  # stands in place of a task in the scores
+LONGEST_TASK = 100  # characters of its name
+MOST_SCORES = 1000  # of one evaluation, each task and metric one
 
 _FIELDS = {
     "name": (str,),
@@ -131,6 +134,9 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     files = sorted(path.rglob(f"*{RESULTS}")) if path.is_dir() else []
+    if odd := [file for file in files if not file.as_posix().isprintable()]:
+        raise ValueError(f"Expected printable names of files in {foreign_text(path)}, found {foreign_names(odd)}: "
+                         "rename them.")  # fmt: skip
     if not files:
         found = "a folder without one" if path.is_dir() else "nothing"
         raise FileNotFoundError(
@@ -159,6 +165,8 @@ def parse_entry(results: str, outcomes: str | None, source: str) -> Entry:
         ValueError: either is not what an evaluation writes, or they contradict each other.
     """
     fields = _parse_results(results, source)
+    if len(fields["scores"]) > MOST_SCORES:
+        raise ValueError(sentence(f"scores in {source}", f"at most {MOST_SCORES:,}", len(fields["scores"]), _REMEDY))
     scores: dict[str, dict[str, Score]] = {}
     for number, score in enumerate(fields["scores"]):
         where = f"scores[{number}]"
@@ -178,7 +186,9 @@ def parse_entry(results: str, outcomes: str | None, source: str) -> Entry:
         answers = _parse_outcomes(outcomes, "accuracy_norm" in scores, f"{fields['outcomes']} of {source}")
         _check_agreement(scores, answers, source)
     kept = {key: fields[key] for key in _FIELDS if key not in ("scores", "outcomes")}
-    return Entry(source=source, **kept, scores=scores, answers=answers)
+    texts = {key: foreign_text(value) for key, value in kept.items() if isinstance(value, str)}
+    objects = {key: foreign_fields(value) for key, value in kept.items() if isinstance(value, dict)}
+    return Entry(source=source, **kept | texts | objects, scores=scores, answers=answers)
 
 
 def _parse_results(text: str, source: str) -> dict[str, Any]:
@@ -194,17 +204,32 @@ def _parse_results(text: str, source: str) -> dict[str, Any]:
         raise ValueError(
             sentence(f"protocol in {source}", f"one of {', '.join(PROTOCOLS)}", fields["protocol"], remedy)
         )
+    _check_subject(fields, source)
     outcomes = fields["outcomes"]
-    if not outcomes or Path(outcomes).name != outcomes:
+    whole = outcomes.isprintable() and len(outcomes.encode()) <= 255
+    if not outcomes or not whole or Path(outcomes).name != outcomes:
         raise ValueError(sentence(f"outcomes in {source}", "the name of a file beside it", outcomes, _REMEDY))
     return fields
+
+
+def _check_subject(fields: dict[str, Any], source: str) -> None:
+    """That what is told of model and adapter are texts, and the adapter's round is one."""
+    for name in ("model", "adapter"):
+        for key in ("name", "digest", "revision", "dtype", "quantization"):
+            value = (fields[name] or {}).get(key)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(sentence(f"{name}.{key} in {source}", "a text or null", value, _REMEDY))
+    number = (fields["adapter"] or {}).get("round")
+    if number is not None and not (is_a(number, int) and 0 <= number < 2**31):
+        raise ValueError(sentence(f"adapter.round in {source}", "a number of rounds or null", number, _REMEDY))
 
 
 def _json(text: str, source: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"Expected JSON in {source}, found {text[:40]!r} ({error}): {_REMEDY}.") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError alone
+        found = f"{text[:40]!r} ({foreign_text(error)})"
+        raise ValueError(f"Expected JSON in {source}, found {found}: {_REMEDY}.") from error
 
 
 def _check_fields(value: Any, fields: dict[str, tuple[type, ...]], where: str, source: str) -> None:
@@ -214,10 +239,13 @@ def _check_fields(value: Any, fields: dict[str, tuple[type, ...]], where: str, s
     for key, kinds in fields.items():
         name = f"{where}.{key}" if where else key
         if key not in value:
-            raise ValueError(f"Expected {name} in {source}, found only {', '.join(value) or 'nothing'}: {_REMEDY}.")
+            found = foreign_names(value) or "nothing"
+            raise ValueError(f"Expected {name} in {source}, found only {found}: {_REMEDY}.")
         if not any(is_a(value[key], kind) for kind in kinds):
             expected = " or ".join(_KINDS.get(kind, "null") for kind in kinds)
             raise ValueError(sentence(f"{name} in {source}", expected, value[key], _REMEDY))
+        if isinstance(value[key], int) and abs(value[key]) >= 2**63:
+            raise ValueError(sentence(f"{name} in {source}", "a number below 2**63", value[key], _REMEDY))
 
 
 def _check_score(score: dict[str, Any], where: str, source: str) -> None:
@@ -228,6 +256,9 @@ def _check_score(score: dict[str, Any], where: str, source: str) -> None:
     for key in ("value", "standard_error", "majority_rate"):
         if not 0 <= score[key] <= 1:  # not a number is not either
             raise ValueError(sentence(f"{where}.{key} in {source}", "a share between 0 and 1", score[key], _REMEDY))
+    if not score["task"] or len(score["task"]) > LONGEST_TASK or not score["task"].isprintable():
+        expected = f"a printable name of at most {LONGEST_TASK} characters"
+        raise ValueError(sentence(f"{where}.task in {source}", expected, score["task"], _REMEDY))
     if score["rows"] < 1:
         raise ValueError(sentence(f"{where}.rows in {source}", "at least 1", score["rows"], _REMEDY))
 

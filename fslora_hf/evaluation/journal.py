@@ -1,10 +1,12 @@
 """The questions an evaluation has finished, on disk while it runs: a killed one goes on from there."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.foreign_text import foreign_names
+from ..settings import is_a
 from ..storage.disk_errors import told
 from ..storage.files import make_folder
 from .outcomes import Outcome
@@ -39,13 +41,13 @@ class Journal:
         for path in paths:
             head, *records = _whole_records(path) or [None]
             if head is not None and head != self.identity:
-                differing = [key for key in sorted({*head, *self.identity}) if head.get(key) != self.identity.get(key)]
+                differing = {key for key in {*head, *self.identity} if head.get(key) != self.identity.get(key)}
                 raise ValueError(
                     f"Expected the unfinished evaluation in {path} to be this one, found that it differs in "
-                    f"{', '.join(differing)}: finish it with its own settings, remove the file, or name another "
-                    "results_dir."
+                    f"{foreign_names(differing, most=8)}: finish it with its own settings, remove the file, "
+                    "or name another results_dir."
                 )
-            done |= {record["row"]: Outcome.from_record(record) for record in records}
+            done |= _outcomes(records)
         attempts = [int(path.name.rsplit(".", 3)[1].split("-")[0]) for path in paths]
         return done, max(attempts, default=0) + 1
 
@@ -83,7 +85,37 @@ def _whole_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
+
+
+def _outcomes(records: Iterable[Mapping[str, Any]]) -> dict[int, Outcome]:
+    """Outcomes by row, up to the first record that is not whole."""
+    found = {}
+    for record in records:
+        try:
+            outcome, row = Outcome.from_record(record), record["row"]
+        except (KeyError, TypeError, ValueError):
+            break
+        if not is_a(row, int) or not _is_whole(outcome):
+            break
+        found[row] = outcome
+    return found
+
+
+def _is_whole(outcome: Outcome) -> bool:
+    """Whether each value is of its kind; what a line says of itself is not looked into."""
+    texts = (outcome.question, outcome.task, outcome.answer, *outcome.options)
+    maybe = (outcome.choice, outcome.choice_norm, outcome.text)
+    numbers = outcome.log_likelihoods
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(text is None or isinstance(text, str) for text in maybe)
+        and isinstance(outcome.finite, bool)
+        and (numbers is None or len(numbers) == len(outcome.options) and all(is_a(x, float) for x in numbers))
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ..common.foreign_text import foreign_text
 from ..settings import did_you_mean, sentence
 from .entries import METRICS, Entry, Score
 
@@ -212,7 +213,7 @@ def _find(entries: Sequence[Entry], names: Sequence[str], reference: str) -> int
 
 def unique_names(entries: Sequence[Entry]) -> list[str]:
     """A name for each entry: its own, and of equal ones what tells them apart (round, protocol, model, file)."""
-    names = [" ".join("".join(c if c.isprintable() else " " for c in e.name).split()) or "unnamed" for e in entries]
+    names = [foreign_text(entry.name) or "unnamed" for entry in entries]
     added: list[list[str]] = [[] for _ in entries]
     for trait in (_round, _protocol, _model, _source):
         full = [_with(name, extra) for name, extra in zip(names, added, strict=True)]

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..common.foreign_text import foreign_text
 from ..report import ACCENT, DARK, GREY
 from ..storage.files import whole_file
 
@@ -16,8 +17,8 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: a line for each result, accuracies in percent with their standard errors, and below them what
     always giving the most common answer would reach."""
     tasks = _tasks(results[0])
-    header = ["", *tasks, "average", "average per character", "usable answers"]
-    lines = [[result["name"], *_cells(result, tasks)] for result in results]
+    header = ["", *map(_cell, tasks), "average", "average per character", "usable answers"]
+    lines = [[_cell(result["name"]), *_cells(result, tasks)] for result in results]
     majority = [_percent(_score(results[0], task, "accuracy")["majority_rate"]) for task in [*tasks, "average"]]
     rows = [f"{_score(results[0], task, 'accuracy')['rows']:,}" for task in [*tasks, "average"]]
     lines += [["most common answer", *majority, "", ""], ["questions", *rows, "", ""]]
@@ -48,7 +49,8 @@ def plot_accuracy(results: Sequence[dict[str, Any]], folder: str | Path) -> Path
         axis.axhline(scores[0]["majority_rate"], color=GREY, lw=1.2, ls="--", label="most common answer")
         at = [round_number(result) for result in points]
         axis.errorbar(at, values, errors, fmt="o-", color=ACCENT, ms=4, capsize=2)
-        axis.set_title(f"{task} ({scores[0]['rows']:,})", loc="left", fontsize=10, color=DARK)
+        title = f"{foreign_text(task)} ({scores[0]['rows']:,})"
+        axis.set_title(title, loc="left", fontsize=10, color=DARK, parse_math=False)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
@@ -73,6 +75,11 @@ def _score(result: dict[str, Any], task: str, metric: str) -> dict[str, Any] | N
     return next((line for line in result["scores"] if (line["task"], line["metric"]) == (task, metric)), None)
 
 
+def _cell(name: str) -> str:
+    """A name that stays within its cell."""
+    return foreign_text(name).replace("|", "\\|")
+
+
 def _cells(result: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     scores = [_score(result, task, "accuracy") for task in [*tasks, "average"]]
     scores += [_score(result, "average", "accuracy_norm")]
@@ -91,7 +98,7 @@ def _remarks(results: Sequence[dict[str, Any]]) -> list[str]:
         "tied": "the best options are equally likely, and the first was chosen",
     }
     found = [(key, r) for key in texts for r in results if r.get(key)]
-    lines = [f"{r['name']}: in {r[key]:,} questions {texts[key]}." for key, r in found]
+    lines = [f"{foreign_text(r['name'])}: in {r[key]:,} questions {texts[key]}." for key, r in found]
     return ["", *lines] if lines else []
 
 

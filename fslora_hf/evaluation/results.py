@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import unused_name
+from ..common.foreign_text import foreign_text, foreign_value
 from ..data.prompts import prompt_hash
 from ..storage.files import make_folder, write_text
 from ..storage.result_files import FORMAT, OUTCOMES, RESULTS
@@ -144,13 +145,14 @@ def find_results(folder: str | Path, name: str, wanted: Mapping[str, Any]) -> di
         held = {key: found[key] for key in _DEFINING}
         held["model"] = {key: found["model"][key] for key in _DEFINING_MODEL}
         held["adapter"] = found["adapter"] and found["adapter"]["digest"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"Expected results of this project in {path}, found damage ({error}): move the file away, or name another "
-            "results_dir."
+            f"Expected results of this project in {path}, found damage ({foreign_text(error)}): move the file away, "
+            "or name another results_dir."
         ) from error
     wanted = json.loads(json.dumps(wanted))
-    differing = [f"{key} was {held[key]!r} and is {wanted[key]!r}" for key in held if held[key] != wanted[key]]
+    differing = [f"{key} was {foreign_value(held[key])} and is {foreign_value(wanted[key])}"
+                 for key in held if held[key] != wanted[key]]  # fmt: skip
     if differing:
         raise ValueError(
             f"Expected the results in {path} to be of this evaluation, found another's: {'; '.join(differing)}. Name "

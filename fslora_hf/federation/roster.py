@@ -143,7 +143,9 @@ class Roster:
         reasons = list(self._objections(node, answer))
         if not reasons:
             header = answer.header
-            self.members[header["client_id"]] = Member(header["client_id"], header["examples"], header["rank"], node)
+            self.members[header["client_id"]] = Member(
+                header["client_id"], header["examples"], header.get("rank"), node
+            )
             self.turned_away.pop(node, None)
             self._told.pop(node, None)
             self._new.add(node)

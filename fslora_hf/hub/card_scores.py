@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..common.foreign_text import foreign_fields
 from ..evaluation.entries import AVERAGE
 from ..evaluation.leaderboard import Z
 from ..evaluation.tables import percent
@@ -73,7 +74,7 @@ def _reading(result: Mapping[str, Any]) -> str:
     lines = [f"Above the majority rate by more than {Z} standard errors: {', '.join(above) or 'no task'}."]
     usable = score(result, AVERAGE, "format_validity")
     lines += [f"Usable answers: {percent(usable['value'])} %."] if usable else []
-    settings = ", ".join(f"{plain(key)} {plain(value)}" for key, value in result["settings"].items())
+    settings = ", ".join(f"{plain(key)} {plain(value)}" for key, value in foreign_fields(result["settings"]).items())
     lines += [f"Settings: {settings}."] if settings else []
     for key, what in _REMARKS.items():
         lines += [f"In {count(result[key], 'question')} {what}."] if result.get(key) else []

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+from ..common.foreign_text import LONGEST_MESSAGE
 from ..evaluation.tables import percent
 from .card_context import CardContext, hub_id, round_tag
 from .card_scores import SHOWN_ROUNDS, score_section
@@ -107,7 +108,7 @@ def _facts(context: CardContext) -> str:
     total = context.totals
     facts = {
         "base model": base + (f", in {plain(context.quantization)}" if context.quantization else ""),
-        "data": plain(context.data) + (f" ({links})" if links else ""),
+        "data": plain(context.data, LONGEST_MESSAGE) + (f" ({links})" if links else ""),
         "method": plain(name) + (f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else ""),
         "adapter": f"LoRA of rank {context.rank}, alpha {context.alpha:g}, on {', '.join(map(plain, targets))}",
         "clients": f"{context.num_clients:,}, of ranks {plain(context.client_ranks)}",

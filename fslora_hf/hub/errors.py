@@ -12,9 +12,11 @@ from huggingface_hub.errors import (
 )
 
 from ..common import masking
+from ..common.foreign_text import LONGEST, foreign_text
 from ..storage.disk_errors import WriteError
 
-LENGTH = 200  # characters of the Hub's own words that a sentence repeats
+LENGTH = LONGEST  # characters of the Hub's own words that a sentence repeats
+LONGEST_ANSWER = 10_000  # of which these are the first; tokens are looked for in all of it
 _QUOTA = re.compile(r"\b(quota|storage|limit|payment|exceed\w*|too large)\b", re.IGNORECASE)
 
 
@@ -162,5 +164,4 @@ def _said(error: Any, token: str | None) -> str:
     """The status and the first words of an answer, or what the exception says, on one line."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     message = getattr(error, "server_message", None) or ("" if status else str(error) or type(error).__name__)
-    text = " ".join(f"{status or ''} {scrub(message, token)}".split())
-    return text if len(text) <= LENGTH else f"{text[:LENGTH]}..."
+    return foreign_text(f"{status or ''} {scrub(str(message)[:LONGEST_ANSWER], token)}", LENGTH)

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from ..common.foreign_text import LONGEST, foreign_text
 from ..common.masking import scrub, scrub_quoted
 from ..evaluation.tables import escape_markdown
 
 
-def one_line(text: str) -> str:
-    """Printable text without line breaks."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+def one_line(text: Any, longest: int = LONGEST) -> str:
+    """Printable text without line breaks, at most so many characters."""
+    return foreign_text(text, longest)
 
 
 def without_tokens(command: str) -> str:
@@ -24,9 +26,9 @@ def table(lines: Iterable[Sequence[str]], left: int = 1) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
 
 
-def plain(text: str) -> str:
-    """Text of the user's that stays text in a line or a cell, and holds no token."""
-    return escape_markdown(scrub(one_line(text)))
+def plain(text: Any, longest: int = LONGEST) -> str:
+    """Text of the user's, or of others, that stays text in a line or a cell, and holds no token."""
+    return escape_markdown(scrub(one_line(text, longest)))
 
 
 def fenced(code: str, language: str) -> str:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import checksums
+from ..common.foreign_text import foreign_text, foreign_value
+from ..settings import is_a
 from ..storage.disk_errors import told
 from ..storage.files import make_folder, sync_path, sync_tree, write_text
 from ..storage.locks import lock_file
@@ -27,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 OUTBOX_NAME = "hub_outbox"
 _RECORD, _FILES, _FIGURES, _TARGET = "push.json", "files", "figures", "target.json"
-_NAME = re.compile(r"round-\d{4,}")
+_NAME = re.compile(r"round-[0-9]{4,18}")
+_SUM, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"\w{1,64}")
 _WEIGHTS = "adapter_model.safetensors"
 _RESERVE = 4  # times a snapshot's size stay free
 _THREADS = threading.RLock()
@@ -189,11 +192,15 @@ class Outbox:
         path = self.folder / _TARGET
         try:
             target = json.loads(path.read_text(encoding="utf-8"))
-            return {name: target[name] for name in ("repo_id", "revision", "private")}
+            noted = {name: target[name] for name in ("repo_id", "revision", "private")}
+            whole = all(isinstance(noted[name], str) and noted[name].isprintable() for name in ("repo_id", "revision"))
+            if whole and (noted["private"] is None or isinstance(noted["private"], bool)):
+                return noted
+            found = f"damage ({foreign_value(noted)})"
         except FileNotFoundError:
             found = "none"
-        except (ValueError, KeyError, TypeError) as error:
-            found = f"damage ({error})"
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            found = f"damage ({type(error).__name__}: {foreign_text(error)})"
         raise ValueError(
             f"Expected the repository that the rounds go to in {path}, found {found}: name the output_dir of a run "
             "that pushes rounds, or name the repository."
@@ -274,9 +281,29 @@ def _read(folder: Path) -> Snapshot:
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         names = ("round", "tag", "digest", "weights", "status", "sent", "commit")
-        return Snapshot(folder=folder, **{name: record[name] for name in names})
-    except (OSError, ValueError, KeyError, TypeError):
-        return Snapshot(int(folder.name.removeprefix("round-")), folder.name, folder, "", "", status="damaged")
+        made = Snapshot(folder=folder, **{name: record[name] for name in names})
+        if _is_record(made):
+            return made
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return Snapshot(_number(folder), folder.name, folder, "", "", status="damaged")
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("round-"))
+
+
+def _is_record(made: Snapshot) -> bool:
+    """Whether what a record says is of the form that `_record` gives it, and of the folder it lies in."""
+    return (
+        is_a(made.round, int)
+        and (made.round, made.tag) == (_number(made.folder), made.folder.name)
+        and all(isinstance(sum, str) and _SUM.fullmatch(sum) for sum in (made.digest, made.weights or made.digest))
+        and made.status in ("pending", "pushed")
+        and isinstance(made.sent, bool)
+        and (made.commit is None or isinstance(made.commit, str) and _COMMIT.fullmatch(made.commit) is not None)
+        and (made.commit is not None) == (made.status == "pushed")
+    )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

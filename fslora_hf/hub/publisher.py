@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.constants import ENDPOINT
 
 from ..checkpoint import SERVER_NAME, write_state
+from ..evaluation.entries import parse_entry
 from ..evaluation.results import quantization_of
 from ..ledger import LEDGER_NAME
 from ..report import read_ledger, totals
@@ -202,9 +203,16 @@ class RoundPublisher:
         """The result files of every evaluated round so far, beside the adapter; returns what they hold."""
         found = []
         for path in sorted((Path(self.trainer.args.output_dir) / IN_LOOP).glob(f"*{RESULTS}")):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                parse_entry(text, None, path.as_posix())  # it may have come from the Hub with the round
+            except ValueError as error:
+                logger.warning("Left out of the card of round %d: %s", self.trainer.rounds_done, error)
+                continue
+            content = json.loads(text)
             (folder / RESULTS_FOLDER).mkdir(exist_ok=True)
-            for name in (path.name, content["outcomes"]):
+            names = [path.name, content["outcomes"]]
+            for name in (name for name in names if path.with_name(name).is_file()):
                 shutil.copyfile(path.with_name(name), folder / RESULTS_FOLDER / name)
             found.append(content)
         return found

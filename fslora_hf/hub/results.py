@@ -12,9 +12,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from ..common.foreign_text import foreign_names, foreign_text
 from ..evaluation.entries import Entry, parse_entry, read_results
 from ..storage.result_files import RESULTS
-from .errors import HubError, check_token, scrub
+from .errors import LONGEST_ANSWER, HubError, check_token, scrub
 from .fetch import RESULTS_FOLDER, check_name
 from .remote import within
 
@@ -80,6 +81,9 @@ def read_hub_results(
             f"Expected results files ({folder}*{RESULTS}) at {source}, found none: push some with "
             "recipes/push_results.py, or name another repository."
         )
+    if odd := [name for name in names if not name.isprintable()]:
+        raise ValueError(f"Expected printable names of files at {source}, found {foreign_names(odd)}: nothing of it "
+                         "was read; name another repository.")  # fmt: skip
     return [_entry(hub, name, f"{source}@{hub.commit[:8]}/{name}") for name in names]
 
 
@@ -101,7 +105,8 @@ def check_size(name: str, size: int) -> None:
 
 def said(error: Exception, token: str | None) -> str:
     """The first words of an error of the client, on one line and without a token."""
-    return scrub(" ".join((str(error).strip() or type(error).__name__).split()), token)[:200].rstrip(".")
+    said = scrub(str(error)[:LONGEST_ANSWER], token)
+    return (foreign_text(said) or type(error).__name__).rstrip(".")
 
 
 class ResultsRepository:
@@ -142,8 +147,8 @@ class ResultsRepository:
             check_name(name, _ENDINGS)
         except ValueError as error:
             raise ValueError(
-                f"Expected JSON within {self.repo}, found that {error}: nothing of it was read; name another "
-                "repository."
+                f"Expected JSON within {self.repo}, found that {foreign_text(error)}: nothing of it was read; "
+                "name another repository."
             ) from error
         check_size(f"{name} of {self.repo}", self.sizes[name])
         path = self._read(self.commit, "hf_hub_download", filename=name, revision=self.commit)
