@@ -8,6 +8,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .ledger import append_round
 from .plan import ClientPlan
+from .processes import agree
+from .watch import RunWatch
 
 if TYPE_CHECKING:
     from .trainer import FederatedSketchTrainer
@@ -23,6 +25,7 @@ class RoundCallback(TrainerCallback):
     """
 
     trainer: "FederatedSketchTrainer"
+    watch: RunWatch  # of the present, or the last, call of `train()`
 
     def __init__(self):
         self.save_requested = False
@@ -38,6 +41,7 @@ class RoundCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.save_requested = False
         self._started, self._first_round = time.monotonic(), self.trainer.locate_step(state.global_step)[0]
+        self.watch = agree(lambda: RunWatch.over(self.trainer.ledger_path, self._first_round, args.max_lost_rounds))
 
     def on_step_begin(self, args, state, control, **kwargs):
         round, wave, local_step = self.trainer.locate_step(state.global_step)
@@ -55,9 +59,11 @@ class RoundCallback(TrainerCallback):
         if wave < self.trainer.layout.waves - 1:
             return
         record = self.aggregate()
+        record |= self.watch.judge(record, self.trainer.global_tensors)
         if state.is_world_process_zero:
             append_round(self.trainer.ledger_path, record)
-        done, last = round + 1, self.trainer.run_ends
+        self.trainer.rotate_checkpoints()
+        done, last = round + 1, self.trainer.run_ends or self.watch.run_is_lost
         self._log(record, done)
         control.should_save |= self._due(args.save_rounds, done, last) or self.save_requested
         control.should_evaluate |= self._due(args.eval_rounds, done, last)
@@ -69,6 +75,9 @@ class RoundCallback(TrainerCallback):
         for refused in record["refused"] if self.trainer.is_world_process_zero() else ():
             text = "Round %d: the update of client %s was left out because %s."
             logger.warning(text, record["round"], refused["client_id"], refused["reason"])
+        if "suspect" in record and self.trainer.is_world_process_zero():
+            text = "Round %d is suspect: %s. The last checkpoint from before it stays, whatever save_total_limit says."
+            logger.warning(text, record["round"], record["suspect"]["reason"])
         seconds_a_round = (time.monotonic() - self._started) / (done - self._first_round)
         logs = {
             "round": done,

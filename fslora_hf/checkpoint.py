@@ -151,24 +151,39 @@ def find_round(output_dir: str | Path, round: int, run: Mapping[str, Any]) -> Pa
     return None
 
 
-def rotate(output_dir: str | Path, keep: int | None, best: int | None = None) -> None:
-    """Remove all but the `keep` checkpoints with the most rounds; None or 0 keeps all.
-
-    The one of round `best` stays, too, in place of the oldest that would, but never of the latest.
+def rotate(output_dir: str | Path, keep: int | None, proven: int, best: int | None = None) -> None:
+    """Remove all but the `keep` checkpoints with the most rounds, and those that are spared.
 
     By rounds, unlike the Trainer's own rotation: steps in folder names depend on the layout of processes. A folder is
     renamed before its files go, so that a crash leaves no checkpoint with files missing.
+
+    Args:
+        keep: as the Trainer's save_total_limit, None or less than 1 keeps all.
+        proven: rounds of the newest adapter that is known to be good. If none that stays is of no more rounds, the
+            newest that is stays beside them, or the oldest there is: what was learned since may prove worthless.
+        best: a round whose checkpoint stays in place of the oldest that would, but never of the latest.
     """
+    if keep is None or keep < 1:
+        return
     finished = [each for each in finished_checkpoints(output_dir) if _NAME.fullmatch(each[1].name)]
-    staying = finished[: keep or None]
+    staying = finished[:keep]
     spared = [each for each in finished if each[0] == best]
     if spared and spared[0] not in staying:
         staying = [*(staying[:-1] or staying), *spared]
+    good = [each for each in finished if each[0] <= proven] or finished[-1:]
+    if not any(each in staying for each in good):
+        staying += good[:1]
     for folder in (each[1] for each in finished if each not in staying):
         leaving = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(leaving, ignore_errors=True)
         os.replace(folder, leaving)
         shutil.rmtree(leaving)
+
+
+def proven_checkpoint(output_dir: str | Path, proven: int) -> Path | None:
+    """The newest finished checkpoint of no more rounds than are known to be good."""
+    finished = finished_checkpoints(output_dir)
+    return next((folder for rounds, folder in finished if rounds <= proven and _NAME.fullmatch(folder.name)), None)
 
 
 def move_aside_later(output_dir: str | Path, round: int) -> None:

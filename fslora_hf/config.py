@@ -126,6 +126,13 @@ class FederatedSketchConfig(SFTConfig):
     save_rounds: int = field(
         default=10, metadata={"help": "Write a checkpoint every so many rounds and after the last. 0: never."}
     )
+    max_lost_rounds: int = field(
+        default=3,
+        metadata={
+            "help": "End the run with an error after so many rounds in a row that fold no update, or in which most "
+            "clients' losses are not finite or have leapt. 0: never."
+        },
+    )
     eval_rounds: int = field(
         default=0, metadata={"help": "Evaluate every so many rounds and after the last. 0: never."}
     )

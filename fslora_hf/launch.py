@@ -16,11 +16,12 @@ from .data.sources import load_rows
 from .partition import partition
 from .processes import rank
 from .recipe import ModelArguments, RecipeArguments
-from .report import ledger_table, plot_ledger, read_ledger
+from .report import ledger_table, plot_ledger, read_ledger, totals
 from .run import OccupiedError, refuse_occupied
 from .storage.disk_errors import WriteError
 from .storage.locks import FolderInUse, held
 from .trainer import FederatedSketchTrainer
+from .watch import RunLost
 
 Trained = TypeVar("Trained", bound=FederatedSketchTrainer)
 FIGURE_NAME = "rounds.png"  # in a run's folder, written when it has ended well
@@ -109,7 +110,7 @@ def claimed(output_dir: str, anew: bool = False) -> Iterator[None]:
             if anew:
                 refuse_occupied(Path(output_dir), resuming="--resume_from_checkpoint true")
             yield
-    except (FolderInUse, OccupiedError, WriteError) as error:
+    except (FolderInUse, OccupiedError, RunLost, WriteError) as error:
         sys.exit(str(error) if rank() == 0 else 1)
 
 
@@ -131,7 +132,9 @@ def _report(trainer: FederatedSketchTrainer, evaluation: dict[int, float] | None
     rounds = read_ledger(trainer.ledger_path)
     output_dir = Path(trainer.args.output_dir)
     plot_ledger(rounds, output_dir / FIGURE_NAME, evaluation, title=f"{trainer.args.method}, {len(rounds)} rounds")
+    updates, refused = sum(len(row["clients"]) for row in rounds), totals(rounds)["refused"]
     table = ledger_table(rounds, every=max(1, len(rounds) // 20))
+    table += f"\n\n{updates - refused:,} of {updates:,} updates were folded into the global adapter."
     table += f"\n\n{trainer.best_told}" if trainer.best_told else ""
     pushed = trainer.publisher and trainer.publisher.report
     return table if pushed is None else f"{table}\n\nOn the Hub\n{pushed}"

@@ -41,7 +41,7 @@ RANGES: Mapping[str, Range] = {
     **_each("dataloader_num_workers", 0, 1024),
     **_each("min_rank max_rank lora_r lora_alpha", 1, 2**16),
     **_each("max_length", 2, 2**31 - 1),  # the shift takes the first token from the loss
-    **_each("save_rounds eval_rounds push_rounds warmup_steps", 0, 10**9),
+    **_each("save_rounds eval_rounds push_rounds max_lost_rounds warmup_steps", 0, 10**9),
     **_each("logging_steps", 0, 10**9, above=True),
     **_each("seed data_seed", 0, LARGEST_SEED),
     **_each("learning_rate weight_decay neftune_noise_alpha", 0, 10**6),

@@ -119,6 +119,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
     _name = "Federated sketching LoRA"
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
     _engine_class = RoundEngine
+    _resuming = "resume_from_checkpoint={checkpoint}"
     publisher: RoundPublisher | None = None  # of the first process, with push_to_hub
     card_facts: Mapping[str, Any] = {}  # fields of hub.card_context.CardContext that the trainer cannot know
 
@@ -265,6 +266,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
 
         Raises:
             FolderInUse: another launch trains in `output_dir`.
+            RunLost: the run has learned nothing, or nothing good any more (see `max_lost_rounds`).
         """
         self._bind_callbacks()
         with held(self.args.output_dir):
@@ -282,6 +284,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
             with evaluations_at_epochs(self.args):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
             ended = True
+            self._round_callback.watch.close(self.args.output_dir, self._resuming)
             return output
         except Exception as error:
             self._interrupted(error)
@@ -306,6 +309,11 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
     def in_run(self) -> bool:
         """Whether `train()` is at work."""
         return self._engine is not None
+
+    @property
+    def global_tensors(self) -> list[torch.Tensor]:
+        """A and B of the global adapter, of all modules."""
+        return [tensor for side in global_pair(self.model) for tensor in side.values()]
 
     @property
     def ledger_path(self) -> Path:
@@ -631,7 +639,13 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
                 self._save_state(folder)
                 if self._feedback is not None:
                     self._feedback.link_into(folder, self.rounds_done)
-            rotate(self.args.output_dir, self.args.save_total_limit, self._best.round)
+            self.rotate_checkpoints()
+
+    def rotate_checkpoints(self) -> None:
+        """Remove the checkpoints that `save_total_limit` does not keep."""
+        if self.args.should_save:
+            proven = self._round_callback.watch.proven
+            rotate(self.args.output_dir, self.args.save_total_limit, proven, self._best.round)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.args.should_save:

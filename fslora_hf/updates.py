@@ -6,6 +6,8 @@ import torch
 
 from .methods import ClientUpdate
 
+NOT_FINITE = "the update is not finite"  # the reason of a refusal
+
 
 class RefusedUpdate(Exception):
     """An update the server will not fold; its text is the reason in the round ledger."""
@@ -27,5 +29,5 @@ def at_most(norm: float, source: str = "") -> Callable[[ClientUpdate], ClientUpd
 def check_finite(update: ClientUpdate) -> ClientUpdate:
     """Refuse an update that holds NaN or infinity: one of them would spread to the whole global adapter."""
     if not torch.isfinite(update.norm()):
-        raise RefusedUpdate("the update is not finite")
+        raise RefusedUpdate(NOT_FINITE)
     return update

@@ -16,7 +16,7 @@ ROWS = [
     {"partition", "plan", "methods", "evaluation", "feedback"},
     {"refusals"},
     {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining", "token_metrics"},
-    {"loader", "engine", "block_size", "targets", "local_steps", "recipe", "hub", "folding"},
+    {"loader", "engine", "block_size", "targets", "local_steps", "recipe", "hub", "folding", "watch"},
     {"adapter_checks", "resuming"},
     {"run", "callbacks", "round_scores", "subjects", "chat_template", "checks"},
     {"best_round"},

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from fslora_hf.federation.server import FederationArguments, run_federation
 from fslora_hf.launch import claimed, finish
 from fslora_hf.storage import locks
+from fslora_hf.storage.disk_errors import WriteError
 from fslora_hf.storage.locks import LOCK_NAME, FolderInUse, held
 from tests import federated
 from tests.worker_train import build, ledger
@@ -264,7 +265,7 @@ def test_no_locks_on_the_disk_is_told_from_a_lock_of_another(tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["file", "with\0nul", "n" * 300])
 def test_a_folder_that_cannot_be_is_told(tmp_path, name):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match="Expected output_dir to be a folder that can be written to, found '.*' at"):
+    with pytest.raises(WriteError, match="^Expected output_dir to be a folder that can be written to, found '.*' at"):
         with held(tmp_path / name):
             raise AssertionError("taken")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"

@@ -21,8 +21,8 @@ SAVED = "runs.json"
 NEUTRAL = set(
     (
         "output_dir logging_dir logging_steps logging_strategy logging_first_step disable_tqdm report_to run_name "
-        "save_rounds save_total_limit per_device_train_clients per_device_eval_batch_size dataloader_num_workers "
-        "dataloader_pin_memory use_cpu log_level push_to_hub hub_model_id hub_token"
+        "save_rounds save_total_limit max_lost_rounds per_device_train_clients per_device_eval_batch_size "
+        "dataloader_num_workers dataloader_pin_memory use_cpu log_level push_to_hub hub_model_id hub_token"
     ).split()
 )
 _DEFAULTS = {each.name: each for kind in RECIPE_TYPES for each in fields(kind)}

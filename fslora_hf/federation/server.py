@@ -103,6 +103,7 @@ def run_federation(federation: FederationArguments, exchange: Exchange) -> str:
         SettingsError: settings that cannot work, before anything is loaded.
         FolderInUse: another launch is at work in the recipe's output_dir; no node was asked for anything.
         FederationError: too few nodes joined or answered; the rounds before are kept.
+        RunLost: the run learns nothing, or nothing good any more; all that was written is kept.
     """
     values = read_recipe(federation)
     settings = _, args, _ = build_settings(RECIPE_TYPES, values)

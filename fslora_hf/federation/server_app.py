@@ -12,6 +12,7 @@ from flwr.app import Context, Message, MessageType  # isort: skip
 from flwr.serverapp import Grid, ServerApp  # isort: skip
 
 from ..common.foreign_text import foreign_text
+from ..watch import RunLost
 from .packet import LONGEST_REASON, Packet, PacketError
 from .roster import FederationError
 from .server import FederationArguments, run_federation
@@ -80,5 +81,5 @@ def main(grid: Grid, context: Context) -> None:
     logging.getLogger("fslora_hf").setLevel(logging.INFO)
     try:
         print(run_federation(read_run_config(context.run_config), FlowerExchange(grid)), flush=True)
-    except (ValueError, OSError, FederationError) as error:  # whose text says it all, without the way it came
+    except (ValueError, OSError, FederationError, RunLost) as error:  # whose text says it all, without the way it came
         raise error.with_traceback(None) from None

@@ -29,6 +29,8 @@ class FederationTrainer(FederatedSketchTrainer):
     Args: as FederatedSketchTrainer's, with `exchange`, `roster` and `rules` before them.
     """
 
+    _resuming = "resume=true in --run-config, once the checkpoints after {checkpoint} are moved away"
+
     def __init__(self, exchange: Exchange, roster: Roster, rules: RoundRules, **kwargs):
         self._roster = roster
         self._engine_class = partial(RemoteEngine, exchange=exchange, roster=roster, rules=rules)
