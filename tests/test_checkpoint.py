@@ -362,8 +362,8 @@ def test_rotation_keeps_the_most_rounds_whatever_the_steps(tmp_path):
         with whole_folder(tmp_path / name, round, {}) as folder:
             (folder / "adapter").write_text(name)
     (tmp_path / "checkpoint-99").mkdir()
-    rotate(tmp_path, None)
+    rotate(tmp_path, None, 4)
     assert len(list(tmp_path.iterdir())) == 5
-    rotate(tmp_path, 2)
+    rotate(tmp_path, 2, 4)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["checkpoint-12", "checkpoint-16", "checkpoint-9-round-1", "checkpoint-99"]

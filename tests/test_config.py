@@ -62,6 +62,7 @@ def test_the_defaults_are_the_papers_algorithm():
         "upload_budget": None,
         "client_weighting": "uniform",
         "save_rounds": 10,
+        "max_lost_rounds": 3,
         "eval_rounds": 0,
         "push_rounds": 10,
         "push_resume_state": False,
