@@ -163,7 +163,8 @@ def rotate(output_dir: str | Path, keep: int | None, proven: int, best: int | No
             newest that is stays beside them, or the oldest there is: what was learned since may prove worthless.
         best: a round whose checkpoint stays in place of the oldest that would, but never of the latest.
     """
-    if keep is None or keep < 1:
+    named = [folder for folder in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
+    if keep is None or not 0 < keep < len(named):
         return
     finished = [each for each in finished_checkpoints(output_dir) if _NAME.fullmatch(each[1].name)]
     staying = finished[:keep]
