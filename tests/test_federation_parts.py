@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from fslora_hf.federation import flower, link, server_app
 from fslora_hf.federation.exchange import answers
-from fslora_hf.federation.node import Node, NodeSettings, code_in
+from fslora_hf.federation.node import Node, NodeSettings
 from fslora_hf.federation.packet import Packet, PacketError
 from fslora_hf.federation.roster import FederationError, Roster
 from fslora_hf.federation.server_app import FlowerExchange, read_run_config
@@ -438,19 +438,6 @@ def test_a_node_answers_what_is_no_packet_of_its_protocol(tmp_path, monkeypatch)
     node = Node(NodeSettings(client_id=0, folder=str(tmp_path)))
     answer = Packet.from_bytes(node.answer_bytes(b"x"))
     assert answer.kind == "failed" and "Expected a packet" in answer.header["reason"]
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [{"method": "evil:X"}, {"trust_remote_code": True}, {"model_init_kwargs": {"trust_remote_code": True}}],
-    ids=str,
-)
-def test_a_recipe_that_brings_code_is_refused_by_a_node(tmp_path, recipe):
-    node = Node(NodeSettings(client_id=0, folder=str(tmp_path)))
-    answer = node.answer(Packet({"kind": "join", "session": "s", "recipe": recipe}))
-    assert answer.kind == "failed" and "without code of its own, found" in answer.header["reason"]
-    assert "start the node with --trust_code" in answer.header["reason"]
-    assert not list(code_in({"method": "fslora", "model_init_kwargs": {"attn_implementation": "sdpa"}}))
 
 
 def test_a_recipe_does_not_have_a_node_push_or_write_elsewhere(tmp_path, monkeypatch):

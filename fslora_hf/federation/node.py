@@ -3,7 +3,7 @@
 import gc
 import logging
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from ..data.sources import check_path, load_rows
 from ..folding import FoldedBase
 from ..launch import build_trainer, training_rows
 from ..methods import ClientAdapter
-from ..recipe import ModelArguments, RecipeArguments, build_settings
+from ..recipe import RecipeArguments, build_settings
 from ..server import ServerState
+from .allowed import RECIPE_TYPES, model_refusals, obeyed
 from .folds import bring_up
 from .node_feedback import feedback_of
 from .node_trainer import NodeTrainer
 from .packet import LONGEST_REASON, Packet, PacketError, failed
 from .sparse import pack
-from .standing import SERVER_ONLY, Standing
+from .standing import Standing
 from .tensors import to_numpy, to_tensor
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class NodeSettings:
         dtype: precision of its base model, in place of the recipe's.
         device: `cpu` or `cuda`; None: the recipe's.
         folder: for what is of use while the node runs.
-        trusts_code: whether recipes may bring code: models with code of their own, methods in files of theirs.
+        trusts_code: whether recipes may bring code and all that `allowed.refusals` tells of: models with code of
+            their own, methods in files of theirs, settings that are not known to be harmless.
         memory: a folder for what is to outlast it: what was left out of updates, with `error_feedback`. None: in
             `folder`.
     """
@@ -127,10 +129,8 @@ class Node:
 
     def _build(self, values: dict[str, Any]) -> tuple[NodeTrainer, Standing]:
         own = self.settings
-        values = {name: value for name, value in values.items() if name not in SERVER_ONLY}
-        raise_together(() if own.trusts_code else code_in(values))
-        types = (RecipeArguments, FederatedSketchConfig, ModelArguments)
-        rows = self._rows(*build_settings(types, values)[:2])
+        values = obeyed(values, own.trusts_code)
+        rows = self._rows(*build_settings(RECIPE_TYPES, values)[:2])
         local = {name: value for name, value in values.items() if name != "min_examples"}
         local |= {"output_dir": own.folder, "disable_tqdm": True, "report_to": "none"}
         for name, value in (("model_name_or_path", own.model), ("dtype", own.dtype)):
@@ -138,14 +138,17 @@ class Node:
                 local[name] = value
         if own.device is not None:
             local["use_cpu"] = own.device == "cpu"
-        recipe, args, model_args = build_settings(types, local)
+        recipe, args, model_args = build_settings(RECIPE_TYPES, local)
         if own.rank is not None and own.rank > model_args.lora_r:
             raise_together([f"Expected --rank of at most lora_r={model_args.lora_r}, found {own.rank}: start the node "
                             "with a lower one, or raise lora_r in the recipe."])  # fmt: skip
         # The widest that there can be: the rank of each round comes with it.
         args.client_ranks = [own.rank or model_args.lora_r]
+        standing = Standing.of(args, model_args)  # first: it refuses a model without weights as safetensors
+        if not own.trusts_code:
+            raise_together(model_refusals(model_args.model_name_or_path, model_args.model_revision))
         trainer = build_trainer(recipe, args, model_args, rows=rows, evaluates=False, trainer_class=NodeTrainer)
-        return trainer, Standing.of(args, model_args)
+        return trainer, standing
 
     def _rows(self, recipe: RecipeArguments, args: FederatedSketchConfig) -> Dataset:
         column, client = args.client_id_column, self.settings.client_id
@@ -219,13 +222,3 @@ class Node:
         """What the method has this client begin with, drawn here, beside the global adapter."""
         (client,) = self._trainer.round_plan(int(packet.header["round"])).clients
         return self._trainer.method.receive(ServerState(*global_pair(self._trainer.model)), client, client.sketch)
-
-
-def code_in(values: Mapping[str, Any]) -> Iterator[str]:
-    """What in a recipe would run code that came over the wire, or that it names, a sentence each."""
-    remedy = "start the node with --trust_code if you trust whoever starts runs, or remove it"
-    nested = values.get("model_init_kwargs")
-    if values.get("trust_remote_code") or (nested and "trust_remote_code" in str(nested)):
-        yield f"Expected a recipe without code of its own, found trust_remote_code: {remedy}."
-    if ":" in str(values.get("method", "")):
-        yield f"Expected a recipe without code of its own, found method={foreign_text(values['method'])}: {remedy}."

@@ -19,16 +19,15 @@ from ..recipe import ModelArguments, RecipeArguments, build_settings, read_file,
 from ..run import ranks_of_clients, refuse_occupied
 from ..settings import SettingsError, field_problems, is_a, sentence
 from ..storage.locks import held
+from .allowed import RECIPE_TYPES, told_to_nodes
 from .exchange import Exchange
 from .packet import Packet
 from .remote import RoundRules
 from .roster import Roster
-from .standing import SERVER_ONLY, Standing
+from .standing import Standing
 from .trainer import FederationTrainer
 
 logger = logging.getLogger(__name__)
-
-RECIPE_TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
 
 
 @dataclass
@@ -151,8 +150,7 @@ def _gather(
 ) -> Roster:
     """The clients of the run, once enough of their nodes have joined; `values` are what the settings were made of."""
     own = Standing.of(args, model_args)
-    told = {name: value for name, value in values.items() if name not in SERVER_ONLY}
-    invitation = Packet({"kind": "join", "recipe": told})
+    invitation = Packet({"kind": "join", "recipe": told_to_nodes(values)})
     roster = Roster(exchange, invitation, own, federation.join_deadline_s, model_args.lora_r)
     if federation.resume and roster.restore(Path(args.output_dir)):
         roster.wait(len(roster.members), federation.min_clients, federation.join_deadline_s)

@@ -16,14 +16,6 @@ from ..config import FederatedSketchConfig
 from ..recipe import ModelArguments
 from ..run import DEFINING_ARGUMENTS
 
-# Settings of a recipe that are the server's business, and of which no node is told.
-SERVER_ONLY = (
-    "clients_per_round client_ranks rank_distribution min_rank max_rank save_rounds save_total_limit eval_rounds "
-    "max_lost_rounds eval_on_start load_best_model_at_end metric_for_best_model greater_is_better "
-    "push_to_hub push_rounds push_resume_state hub_model_id hub_revision hub_token hub_private_repo "
-    "hub_deadline upload_budget logging_steps logging_first_step report_to resume_from_checkpoint disable_tqdm "
-    "per_device_train_clients output_dir eval_rows_per_task"
-).split()
 # Of a model's configuration, what says nothing about which model it is.
 _PASSING = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")

@@ -1,0 +1,252 @@
+"""Which settings of a recipe a node obeys. What is not listed here it refuses, also what a later version will add.
+
+A recipe comes from whoever starts a run. Of its settings a node obeys those that decide what is computed and can do no
+harm, takes no notice of those that are the server's business or the node's own, and refuses the rest, which its owner
+can allow with `--trust_code`. docs/federation.md shows the same as a table.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..checks import raise_together
+from ..common.foreign_text import foreign_names, foreign_text, foreign_value
+from ..common.masking import find_secrets, is_secret_name, mask
+from ..config import FederatedSketchConfig
+from ..recipe import ModelArguments, RecipeArguments
+from ..settings import default_of
+
+logger = logging.getLogger(__name__)
+
+RECIPE_TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
+
+OBEYED = (
+    # the rows, of nodes without data of their own, and how all rows are made into tokens
+    "dataset data_dir tasks train_rows_per_task partition num_clients partition_column dirichlet_alpha "
+    "shards_per_client min_examples client_id_column dataset_text_field dataset_kwargs max_length overlong_prompts "
+    "completion_only_loss assistant_only_loss pad_to_multiple_of remove_unused_columns eos_token pad_token "
+    # the model and its adapter
+    "model_name_or_path model_revision model_init_kwargs attn_implementation dtype load_in_4bit load_in_8bit "
+    "bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant use_peft lora_r lora_alpha lora_dropout "
+    "lora_target_modules use_rslora "
+    # the steps
+    "num_rounds local_steps per_device_train_batch_size gradient_accumulation_steps average_tokens_across_devices "
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 "
+    "adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha loss_type router_aux_loss_coef seed data_seed "
+    # the method
+    "method sketch_scope server_optim server_learning_rate client_weighting upload_top_k error_feedback "
+    # precision and memory
+    "use_cpu bf16 tf32 full_determinism activation_checkpointing activation_checkpointing_kwargs "
+    "gradient_checkpointing gradient_checkpointing_kwargs activation_offloading use_cache torch_empty_cache_steps"
+).split()
+
+IGNORED = (
+    # the server's: who takes part, what is kept, evaluated and pushed
+    "clients_per_round client_ranks rank_distribution min_rank max_rank upload_budget output_dir "
+    "per_device_train_clients save_rounds save_total_limit save_on_each_node resume_from_checkpoint max_lost_rounds "
+    "eval_rounds "
+    "eval_on_start eval_rows_per_task eval_protocol eval_num_beams eval_max_new_tokens per_device_eval_batch_size "
+    "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
+    "batch_eval_metrics metric_for_best_model greater_is_better load_best_model_at_end push_to_hub push_rounds "
+    "push_resume_state push_eval_results push_eval_yaml hub_model_id hub_revision hub_token hub_private_repo "
+    "hub_deadline "
+    # the log, which is the server's, and the node's own
+    "logging_steps logging_first_step logging_strategy logging_nan_inf_filter log_on_each_node log_level "
+    "log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name project trackio_space_id "
+    "trackio_bucket_id trackio_static_space_id debug skip_memory_metrics "
+    # how a machine does it, which is its own business: processes, compilers, launches
+    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+    "dataloader_multiprocessing_context dataloader_drop_last dataset_num_proc torch_compile torch_compile_backend "
+    "torch_compile_mode use_liger_kernel liger_kernel_config local_rank ddp_backend ddp_timeout ddp_bucket_cap_mb "
+    "ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph "
+    # what nothing here reads
+    "do_train do_eval do_predict label_names length_column_name packing_strategy"
+).split()
+
+# Why, of those that are refused; the rest has the general reason.
+_WHY = {
+    "trust_remote_code": "it runs code that comes with the model",
+    "chat_template_path": "it reads a file of this machine or loads another model",
+    "accelerator_config": "it can name a file of this machine",
+    "fsdp_config": "it can name a file of this machine",
+    "deepspeed": "it can name a file of this machine",
+}
+_UNKNOWN = "it is not among the settings that a node obeys"
+
+_DTYPES = {"auto", "float64", "float32", "bfloat16", "float16"}
+# Ways of attention that are part of torch, and those for which a package must be there: else transformers fetches
+# code from the Hub in its place.
+_ATTENTION = {"eager": None, "sdpa": None, "flex_attention": None, "flash_attention_2": "flash_attn",
+              "flash_attention_3": "flash_attn_interface"}  # fmt: skip
+
+
+def told_to_nodes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a recipe's settings what nodes are told: none that they would not read, and no secret."""
+    told = {name: value for name, value in values.items() if name not in IGNORED}
+    secrets = sorted({*find_secrets(told)})
+    if secrets:
+        logger.warning("Nodes are not told %s: it looks like a secret, of which each node has its own.",
+                       foreign_names(secrets))  # fmt: skip
+    return _without_secrets(told)
+
+
+def obeyed(values: Mapping[str, Any], trusts_code: bool = False) -> dict[str, Any]:
+    """Of the settings that came over the wire those that a node goes by.
+
+    Raises:
+        ValueError: one sentence for each that it refuses; with `trusts_code` it refuses none.
+    """
+    kept = {name: value for name, value in values.items() if name not in IGNORED}
+    if trusts_code:
+        return kept
+    raise_together(refusals(kept))
+    return kept | {"model_init_kwargs": {**_mapping(kept.get("model_init_kwargs")), "use_safetensors": True}}
+
+
+def refusals(values: Mapping[str, Any]) -> Iterator[str]:
+    """What a node does not do for a recipe, a sentence each; nothing about settings left at their default."""
+    defaults = {each.name: default_of(each) for kind in RECIPE_TYPES for each in fields(kind) if each.init}
+    for name, value in values.items():
+        if name in IGNORED or (name in defaults and _same(value, defaults[name])):
+            continue
+        if name not in OBEYED:
+            yield _refusal(name, value, _WHY.get(name, _UNKNOWN))
+        elif name in _CHECKS:
+            yield from _CHECKS[name](name, value)
+
+
+def model_refusals(model: str, revision: str) -> Iterator[str]:
+    """What a node does not do for the configuration that comes with a model, a sentence each.
+
+    Raises:
+        OSError: there is none.
+    """
+    configuration, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    for name, value in _implementations(configuration):
+        if not isinstance(value, str) or "/" in value or value.startswith("flash"):
+            yield from _attention(f"{name} in the model's config.json", value)
+
+
+def _implementations(configuration: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every key of a nested configuration that says by which code something is done."""
+    if depth > 20 or not isinstance(configuration, Mapping):
+        return
+    for name, value in configuration.items():
+        if "_implementation" in str(name) and value is not None:
+            yield str(name), value
+        else:
+            yield from _implementations(value, depth + 1)
+
+
+def _refusal(name: str, value: Any, why: str) -> str:
+    found = foreign_value(mask(value, name.rpartition(".")[2]))
+    return (f"Expected a recipe without {foreign_text(name)}, found {found}: {why}; start the node with --trust_code "
+            "if you trust whoever starts runs, or remove it.")  # fmt: skip
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether a setting is left at its default, or turned off where that is the default."""
+    return (type(value) is type(default) and value == default) or (not value and not default)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A setting that is a mapping, or a text of one, as on a command line; of nothing, an empty one.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = json.loads(value) if isinstance(value, str) and value else value or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"Expected a mapping, found {foreign_value(value)}.")
+    return found
+
+
+def _method(name: str, value: Any) -> Iterator[str]:
+    if ":" in str(value):
+        yield _refusal(name, value, "it names code in a file")
+
+
+def _attention(name: str, value: Any) -> Iterator[str]:
+    if value is None or (isinstance(value, str) and value in _ATTENTION):
+        package = _ATTENTION.get(value)
+        if package is None or find_spec(package) is not None:
+            return
+        why = f"without the package {package}, code of the Hub would be fetched in its place"
+    else:
+        why = f"it is none of {', '.join(_ATTENTION)}, and may be code of the Hub"
+    yield _refusal(name, value, why)
+
+
+def _dtype(name: str, value: Any) -> Iterator[str]:
+    if value is not None and not (isinstance(value, str) and value in _DTYPES):
+        yield _refusal(name, value, f"it is none of {', '.join(sorted(_DTYPES))}")
+
+
+def _device_map(name: str, value: Any) -> Iterator[str]:
+    places = [*value.keys(), *value.values()] if isinstance(value, Mapping) else [value]
+    if not all(isinstance(place, int) or (isinstance(place, str) and "disk" not in place) for place in places):
+        yield _refusal(name, value, "it may have weights written to this machine's disk")
+
+
+def _on(name: str, value: Any) -> Iterator[str]:
+    if value is not True:
+        yield _refusal(name, value, "weights of other formats than safetensors may hold code")
+
+
+def _plain(name: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, (bool, int, float, str, type(None))):
+        yield _refusal(name, value, "it is not a plain value")
+
+
+def _with_keys(allowed: Mapping[str, Callable[[str, Any], Iterator[str]]]) -> Callable[[str, Any], Iterator[str]]:
+    """A check of a mapping that may hold these keys and no others."""
+
+    def check(name: str, value: Any) -> Iterator[str]:
+        try:
+            found = _mapping(value)
+        except ValueError:
+            yield _refusal(name, value, "it is not a mapping")
+            return
+        for key, each in found.items():
+            path = f"{name}.{key}"
+            if key in allowed:
+                yield from allowed[key](path, each)
+            else:
+                yield _refusal(path, each, f"of {name} a node obeys only {', '.join(allowed)}")
+
+    return check
+
+
+# The harmless keys of `from_pretrained`: no other files, folders, tokens, kernels or formats.
+MODEL_KEYS = {"attn_implementation": _attention, "dtype": _dtype, "torch_dtype": _dtype, "device_map": _device_map,
+              "low_cpu_mem_usage": _plain, "use_cache": _plain, "use_safetensors": _on}  # fmt: skip
+_CHECKPOINTING = _with_keys({"use_reentrant": _plain, "preserve_rng_state": _plain})
+_CHECKS = {
+    "method": _method,
+    "attn_implementation": _attention,
+    "dtype": _dtype,
+    "model_init_kwargs": _with_keys(MODEL_KEYS),
+    "dataset_kwargs": _with_keys({"add_special_tokens": _plain, "skip_prepare_dataset": _plain}),
+    "activation_checkpointing_kwargs": _CHECKPOINTING,
+    "gradient_checkpointing_kwargs": _CHECKPOINTING,
+}
+
+
+def _without_secrets(value: Any) -> Any:
+    """A value without what stands under a secret's name or begins as a well-known token does."""
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(each) for key, each in value.items() if not _is_secret(key, each)}
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(each) for each in value if not _is_secret("", each)]
+    return value
+
+
+def _is_secret(name: Any, value: Any) -> bool:
+    if value is None or isinstance(value, bool):
+        return False
+    return is_secret_name(name) or (isinstance(value, str) and next(find_secrets(value), None) is not None)
