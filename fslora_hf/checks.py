@@ -9,6 +9,7 @@ from peft import PeftConfig
 
 from .adapter_checks import check_adapter
 from .clients import read_column
+from .common.foreign_text import foreign_names
 from .config import FederatedSketchConfig
 from .data.commonsense import COLUMNS as OPTION_COLUMNS
 from .methods import method_class
@@ -66,7 +67,8 @@ def check_columns(args: FederatedSketchConfig, dataset: Dataset, formatting_func
     if not known and not {"prompt", "completion"} <= names and formatting_func is None and not skipped:
         yield (
             f"Expected rows with the columns prompt and completion, or messages, or {args.dataset_text_field}, found "
-            f"{', '.join(sorted(names))}: rename them, or set dataset_text_field to the column that holds the text."
+            f"{foreign_names(names, most=20)}: rename them, or set dataset_text_field to the column that "
+            "holds the text."
         )
 
 
@@ -120,8 +122,8 @@ def check_prepared_rows(
     """
     if not {"input_ids", "labels"} <= set(dataset.column_names):
         yield (
-            f"Expected prepared rows with input_ids and labels, found {dataset.column_names}: let the trainer prepare "
-            "them, or add both columns."
+            f"Expected prepared rows with input_ids and labels, found {foreign_names(dataset.column_names, most=20)}: "
+            "let the trainer prepare them, or add both columns."
         )
         return
     ids, counts = np.unique(after, return_counts=True)
@@ -147,7 +149,8 @@ def _check_dataset(args: FederatedSketchConfig, dataset: Any) -> Iterator[str]:
     column = args.client_id_column
     if column not in dataset.column_names:
         yield (
-            f"Expected an integer column {column!r} in train_dataset, found {dataset.column_names}: add it with "
+            f"Expected an integer column {column!r} in train_dataset, found "
+            f"{foreign_names(dataset.column_names, most=20)}: add it with "
             "fslora_hf.partition.partition, or name yours with client_id_column."
         )
     elif not str(getattr(dataset.features[column], "dtype", "")).startswith(("int", "uint")):

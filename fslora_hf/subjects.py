@@ -17,6 +17,7 @@ from torch import nn
 
 from .adapter import PEFT_PREFIX
 from .checkpoint import STATE_NAME, read_state
+from .common.foreign_text import LONGEST_REASON, foreign_text
 from .ledger import LEDGER_NAME
 from .settings import SettingsError, field_problems, sentence
 from .storage.result_files import slug
@@ -136,7 +137,7 @@ def _of_repository(repository: str, revision: str | None) -> FoundAdapter:
             )
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        what = " ".join(str(error).split())
+        what = foreign_text(error, LONGEST_REASON)
         raise ValueError(
             f"Expected the adapter {named} on the Hub, found none that can be fetched ({what}): correct the name or "
             "the revision, log in with `hf auth login`, or name a local folder."
@@ -153,15 +154,16 @@ def check_base_name(found: FoundAdapter, model_name: str, allow_other_base: bool
     path = found.folder / ADAPTER_CONFIG
     try:
         trained_on = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"Expected an adapter's settings in {path}, found damage ({error}): fetch it again."
+            f"Expected an adapter's settings in {path}, found damage ({foreign_text(error)}): fetch it again."
         ) from error
     last = [re.split(r"[/\\]", str(name).rstrip("/\\"))[-1].lower() for name in (trained_on, model_name)]
     if trained_on and last[0] != last[1] and not allow_other_base:
         raise ValueError(
-            f"Expected the base of the adapter {found.source}, {trained_on}, found model_name_or_path={model_name}: "
-            "name that base, or set allow_other_base to true if both are the same model."
+            f"Expected the base of the adapter {found.source}, {foreign_text(trained_on)}, found "
+            f"model_name_or_path={model_name}: name that base, or set allow_other_base to true if both are the "
+            "same model."
         )
 
 
@@ -173,11 +175,15 @@ def check_base_shapes(found: FoundAdapter, base: nn.Module) -> None:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"Expected an adapter in {path}, found damage ({error}): fetch or train it again.") from error
+        told = foreign_text(error)
+        raise ValueError(f"Expected an adapter in {path}, found damage ({told}): fetch or train it again.") from error
     for name, shape in shapes.items():
         module, _, side = name.removeprefix(PEFT_PREFIX).partition(".lora_")
         if side[:1] not in ("A", "B"):  # another kind of tensor; PEFT tells if it does not fit
             continue
+        if len(shape) != 2:
+            raise ValueError(f"Expected matrices in the adapter {found.source}, found {foreign_text(name)} of shape "
+                             f"{shape}: fetch or train it again.")  # fmt: skip
         layer, into = modules.get(module), side.startswith("A")
         wants = shape[1] if into else shape[0]
         # transformers' Conv1D, as in GPT-2, calls its inputs and outputs nx and nf.
@@ -186,6 +192,6 @@ def check_base_shapes(found: FoundAdapter, base: nn.Module) -> None:
         if layer is None or (has is not None and has != wants):
             what = "no such layer" if layer is None else f"a layer with {has}"
             raise ValueError(
-                f"Expected a base with {wants} {'inputs' if into else 'outputs'} in {module}, as the "
+                f"Expected a base with {wants} {'inputs' if into else 'outputs'} in {foreign_text(module)}, as the "
                 f"adapter {found.source} has it, found {what}: name the base that the adapter was trained on."
             )

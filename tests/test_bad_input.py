@@ -104,7 +104,7 @@ def with_ids(change):
 COLUMNS = {
     "missing": (
         renamed,
-        r"column 'client_id' in train_dataset, found \['input_ids', 'labels', 'owner'\]: add it with",
+        r"column 'client_id' in train_dataset, found input_ids, labels, owner: add it with",
     ),
     "strings": (with_ids(lambda i, row: f"c{row['client_id']}"), "integers in column 'client_id', found string: turn"),
     "floats": (

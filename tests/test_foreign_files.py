@@ -6,8 +6,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from result_files import OTHER, REFERENCE, adapter, evaluation
+from safetensors.torch import save_file
 
+from fslora_hf.data.sources import load_rows
 from fslora_hf.evaluation.entries import read_results
 from fslora_hf.evaluation.journal import Journal
 from fslora_hf.evaluation.leaderboard import rank
@@ -19,6 +22,7 @@ from fslora_hf.hub.card_scores import score_section
 from fslora_hf.hub.errors import translate
 from fslora_hf.hub.outbox import Outbox
 from fslora_hf.hub.results import said
+from fslora_hf.subjects import check_base_name, check_base_shapes, find_adapters
 from tests.damage import variants
 
 FORGED = "boom\nWARNING all is lost\r\x1b[2J\u202e\u2028| a | b |\n<script>alert(1)</script>[x](http://x)" + "x" * 3000
@@ -202,3 +206,41 @@ def test_of_a_damaged_journal_whole_questions_are_kept(tmp_path):
             isinstance(row, int) and outcome.correct in (True, False) for row, outcome in done.items()
         )
     assert 5 < whole < 200
+
+
+# ---- Adapters and data sets of others ----
+
+
+def adapter_folder(tmp_path, config=None, tensors=None):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config or {"base_model_name_or_path": "tiny"}))
+    save_file(tensors or {}, tmp_path / "adapter_model.safetensors")
+    (found,), _ = find_adapters(str(tmp_path))
+    return found
+
+
+def test_what_an_adapter_says_of_its_base_is_one_short_line(tmp_path):
+    found = adapter_folder(tmp_path, {"base_model_name_or_path": FORGED})
+    with pytest.raises(ValueError, match="Expected the base of the adapter") as refused:
+        check_base_name(found, "tiny", allow_other_base=False)
+    check_line(refused.value)
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="found damage") as refused:
+        check_base_name(found, "tiny", allow_other_base=False)
+    check_line(refused.value)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (2, 9)])
+def test_modules_of_an_adapter_that_fit_no_base_are_named_in_one_short_line(tmp_path, shape):
+    found = adapter_folder(tmp_path, tensors={f"{FORGED}.lora_A.weight": torch.zeros(shape)})
+    with pytest.raises(ValueError, match="Expected matrices in|Expected a base with") as refused:
+        check_base_shapes(found, torch.nn.Linear(3, 3))
+    check_line(refused.value)
+
+
+@pytest.mark.parametrize("task", ["a\nb", "x" * 101, "\x1b[31mred"])
+def test_tasks_of_a_data_set_are_names(tmp_path, task):
+    row = {"instruction": "Answer: true/false", "answer": "true", "output": "the correct answer is true", "task": task}
+    (tmp_path / "train.json").write_text(json.dumps([{"input": "", **row}]))
+    with pytest.raises(ValueError, match="in the column task of .*, printable and of at most 100") as refused:
+        load_rows(str(tmp_path / "train.json"), "train")
+    check_line(refused.value)

@@ -15,6 +15,8 @@ from typing import Any
 
 LONGEST = 200  # characters of one text
 LONGEST_NAME = 60  # of one of many names
+LONGEST_TASK = 100  # of the name of a task, which heads a column
+LONGEST_REASON = 400  # of why something could not be done, in the words of others
 LONGEST_MESSAGE = 1000  # of a message that quotes several
 MOST_NAMED = 5  # of many names in a sentence
 MOST_FIELDS = 40  # of an object that others have written
@@ -60,7 +62,7 @@ def _short(value: Any) -> Any:
 def foreign_names(
     names: Collection[Any], most: int = MOST_NAMED, longest: int = LONGEST_NAME, between: str = ", "
 ) -> str:
-    """The first few of some names, and how many more there are; of a set, the least ones."""
+    """The first few of some names, and how many more there are, or "none"; of a set, the least ones."""
     first = heapq.nsmallest(most, names, key=str) if isinstance(names, Set) else list(islice(names, most))
     told = between.join(foreign_text(name, longest) for name in first)
-    return told if len(names) <= most else f"{told} and {len(names) - most:,} more"
+    return (told or "none") if len(names) <= most else f"{told} and {len(names) - most:,} more"

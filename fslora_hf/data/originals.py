@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, List, Value, load_dataset
 
+from ..common.foreign_text import LONGEST_REASON, foreign_text
 from .commonsense import TASKS, check_limit, check_split, check_tasks, draw_rows, render_row, to_dataset
 from .templates import published_row
 
@@ -152,7 +153,7 @@ def _load(task: str, split: str) -> Dataset:
 
 def reason(error: Exception) -> str:
     """What made a data set fail to load, in one line; `datasets` wraps some causes in a sentence that says nothing."""
-    return " ".join(str(error.__cause__ or error).split()).rstrip(".") or type(error).__name__
+    return foreign_text(error.__cause__ or error, LONGEST_REASON).rstrip(".") or type(error).__name__
 
 
 def _check_schema(dataset: Dataset, original: Original, where: str) -> None:

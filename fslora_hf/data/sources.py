@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import (
     Dataset,
@@ -14,6 +15,7 @@ from datasets import (
     load_from_disk,
 )
 
+from ..common.foreign_text import LONGEST_TASK, foreign_names, foreign_value
 from ..storage.disk_errors import WriteError, is_full
 from .commonsense import (
     COLUMNS,
@@ -76,7 +78,9 @@ def load_rows(
     splits = _load_splits(source)
     names = ["train"] if split == "train" else [name for name in _HELD_OUT if name in splits][:1]
     if split == "train" and "train" not in splits:
-        raise ValueError(f"Expected a split 'train' in {source}, found {', '.join(splits)}: name another data set.")
+        raise ValueError(
+            f"Expected a split 'train' in {source}, found {foreign_names(splits)}: name another data set."
+        )
     if not names:
         return None
     rows = splits[names[0]]
@@ -169,7 +173,7 @@ def _rendered(
     if absent := set(tasks or ()) - set(of_task):
         raise ValueError(
             f"Expected {source} to have rows of {', '.join(sorted(absent))}, found rows of "
-            f"{', '.join(sorted(set(of_task)))}: correct the list of tasks."
+            f"{foreign_names(set(of_task), most=20)}: correct the list of tasks."
         )
     kept = []
     for task in set(of_task) if tasks is None else tasks:
@@ -185,9 +189,15 @@ def _tasks_of(rows: Dataset, source: str) -> list[str]:
         name = path.stem if path.is_file() else path.name
         return [path.parent.name if name in ("train", *_HELD_OUT) else name] * len(rows)  # <task>/train.json
     of_task = rows["task"][:]
-    if without := [number for number, task in enumerate(of_task) if not task or not isinstance(task, str)]:
+    if without := [number for number, task in enumerate(of_task) if not _is_name(task)]:
         raise ValueError(
-            f"Expected a text in the column task of {source}, found {of_task[without[0]]!r} in row {without[0]} (from "
-            "0): correct the row, or remove the column to have the file's name instead."
+            f"Expected a text in the column task of {source}, printable and of at most {LONGEST_TASK} characters, "
+            f"found {foreign_value(of_task[without[0]])} in row {without[0]} (from 0): correct "
+            "the row, or remove the column to have the file's name instead."
         )
     return of_task
+
+
+def _is_name(task: Any) -> bool:
+    """Whether it can head a column."""
+    return isinstance(task, str) and 0 < len(task) <= LONGEST_TASK and task.isprintable()

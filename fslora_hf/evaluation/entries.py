@@ -12,13 +12,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ..common.foreign_text import foreign_fields, foreign_names, foreign_text
+from ..common.foreign_text import LONGEST_TASK, foreign_fields, foreign_names, foreign_text
 from ..settings import did_you_mean, is_a, sentence
 from ..storage.result_files import FORMAT, PROTOCOLS, RESULTS
 
 METRICS = ("accuracy", "accuracy_norm", "format_validity")
 AVERAGE = "average"  # stands in place of a task in the scores
-LONGEST_TASK = 100  # characters of its name
 MOST_SCORES = 1000  # of one evaluation, each task and metric one
 
 _FIELDS = {
@@ -239,7 +238,7 @@ def _check_fields(value: Any, fields: dict[str, tuple[type, ...]], where: str, s
     for key, kinds in fields.items():
         name = f"{where}.{key}" if where else key
         if key not in value:
-            found = foreign_names(value) or "nothing"
+            found = foreign_names(value)
             raise ValueError(f"Expected {name} in {source}, found only {found}: {_REMEDY}.")
         if not any(is_a(value[key], kind) for kind in kinds):
             expected = " or ".join(_KINDS.get(kind, "null") for kind in kinds)

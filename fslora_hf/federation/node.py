@@ -14,7 +14,7 @@ from datasets import Dataset
 from ..adapter import global_pair
 from ..checkpoint import FEEDBACK_NAME
 from ..checks import raise_together
-from ..common.foreign_text import LONGEST_MESSAGE, LONGEST_NAME, foreign_text
+from ..common.foreign_text import LONGEST_MESSAGE, LONGEST_NAME, LONGEST_REASON, foreign_text
 from ..config import FederatedSketchConfig
 from ..data.sources import check_path, load_rows
 from ..folding import FoldedBase
@@ -26,7 +26,7 @@ from .allowed import RECIPE_TYPES, model_refusals, obeyed
 from .folds import bring_up
 from .node_feedback import feedback_of
 from .node_trainer import NodeTrainer
-from .packet import LONGEST_REASON, Packet, PacketError, failed
+from .packet import Packet, PacketError, failed
 from .sparse import pack
 from .standing import Standing
 from .tensors import to_numpy, to_tensor

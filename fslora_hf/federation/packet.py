@@ -13,9 +13,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ..common.foreign_text import LONGEST_NAME, foreign_text, foreign_value
+from ..common.foreign_text import LONGEST_NAME, LONGEST_REASON, foreign_text, foreign_value
 
-LONGEST_REASON = 400  # characters that are kept of what a node says is wrong
 MOST_HEADER = 1 << 20  # characters of a header, which holds a recipe at most
 PROTOCOL = 1  # of the headers; a server and its nodes must agree on it
 

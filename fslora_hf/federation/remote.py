@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.foreign_text import foreign_names, foreign_text
+from ..common.foreign_text import LONGEST_REASON, foreign_names, foreign_text
 from ..engine import RoundEngine
 from ..methods import ClientAdapter, ClientUpdate
 from ..plan import ClientPlan
@@ -15,7 +15,7 @@ from ..updates import RefusedUpdate, at_most
 from .exchange import Exchange, answers
 from .folds import Folds
 from .norm_bound import NormBound
-from .packet import LONGEST_REASON, Packet
+from .packet import Packet
 from .reading import Reader, Reply
 from .roster import FederationError, Roster
 from .tensors import to_numpy

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_text, foreign_value
+from ..common.foreign_text import LONGEST_NAME, LONGEST_REASON, foreign_names, foreign_text, foreign_value
 from .exchange import Exchange, answers
-from .packet import LONGEST_REASON, Packet, reason_in
+from .packet import Packet, reason_in
 from .standing import Standing
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from .flower import unwrap, wrap  # first: it checks Flower's version
 from flwr.app import Context, Message, MessageType  # isort: skip
 from flwr.serverapp import Grid, ServerApp  # isort: skip
 
-from ..common.foreign_text import foreign_text
+from ..common.foreign_text import LONGEST_REASON, foreign_text
 from ..watch import RunLost
-from .packet import LONGEST_REASON, Packet, PacketError
+from .packet import Packet, PacketError
 from .roster import FederationError
 from .server import FederationArguments, run_federation
 

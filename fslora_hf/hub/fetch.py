@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, hf_hub_download
 
 from ..checkpoint import SERVER_NAME, STATE_NAME, CheckpointError, read_state
+from ..common.foreign_text import foreign_text
 from ..ledger import LEDGER_NAME, read_records
 from ..storage.disk_errors import START_AGAIN, WriteError, is_full, told
 from ..storage.files import sync_path, sync_tree
@@ -152,4 +153,4 @@ def check_name(name: str, endings: tuple[str, ...] = _ENDINGS) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return foreign_text(str(error).strip().split("\n")[0]) or type(error).__name__

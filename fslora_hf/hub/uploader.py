@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd
 
 from ..checkpoint import STATE_NAME, describe_difference
+from ..common.foreign_text import foreign_text
 from .card import BEGIN, merge_card
 from .errors import LENGTH, HubError
 from .figures import draw_figures
@@ -85,7 +86,7 @@ def check_run(hub: Remote, outbox: Outbox, run: Mapping[str, Any] | None) -> Non
     if differences:
         raise HubError(
             f"Expected no rounds in {hub.target.repo_id}, or those of this run, found another's: "
-            f"{'; '.join(differences)[:LENGTH]}. Choose another hub_model_id.",
+            f"{foreign_text('; '.join(differences), LENGTH)}. Choose another hub_model_id.",
             "repository",
         )
 
