@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
 from fslora_hf.checkpoint import read_state
 from fslora_hf.launch import finish
-from tests import reference, tiny
+from tests import federated, reference, tiny
 from tests.worker_train import QUIET, SMALL, ledger, load_result
 
 pytest_plugins = ("tests.forked",)
@@ -282,3 +282,15 @@ def test_two_processes_choose_and_load_the_same_round(tmp_path, fork_ranks):
         assert rounds < 5, "the run was to stop early, and not at its best round"
     assert reference.max_difference(ends[1], ends[2]) == 0
     assert reference.max_difference(ends[0], ends[1]) < 1e-9
+
+
+def test_a_federation_chooses_the_simulators_best_round(tmp_path):
+    """By the same loss of the held-out rows, of which only the completions are scored."""
+    source = federated.write_model_and_rows(tmp_path)
+    worst = {**BEST, "greater_is_better": True}  # so that it is not the last
+    recipe = federated.write_recipe(source, tmp_path, eval_rounds=1, num_rounds=2, **worst)
+    table = federated.federate(recipe, federated.LocalExchange(federated.make_nodes(tmp_path)))
+    trainer = federated.simulate(recipe, tmp_path / "simulated")
+    assert table.endswith(f"\n\n{trainer.best_told}") and trainer.best_words.startswith("1, by eval_loss 4.0")
+    found, expected = (federated.saved_adapter(tmp_path / name) for name in ("run", "simulated"))
+    assert reference.max_difference(found, expected) < 1e-9

@@ -34,6 +34,10 @@ class FederationTrainer(FederatedSketchTrainer):
     def __init__(self, exchange: Exchange, roster: Roster, rules: RoundRules, **kwargs):
         self._roster = roster
         self._engine_class = partial(RemoteEngine, exchange=exchange, roster=roster, rules=rules)
+        args, held_out = kwargs["args"], kwargs.get("eval_dataset")
+        if args.completion_only_loss is None and held_out is not None:
+            # TRL looks at the training rows, which are placeholders here, for whether prompts are scored.
+            args.completion_only_loss = {"prompt", "completion"} <= set(held_out.column_names)
         super().__init__(**kwargs)
         if self.args.error_feedback:
             self._engine_class.keywords["checkpoints"] = self._checkpoints
