@@ -133,8 +133,8 @@ def find_rounds(path: str | Path, rounds: int, seen: Mapping[str, Any] | None = 
             thousand rounds that would take longer than all else in resuming.
 
     Raises:
-        ValueError: it does not hold each of the rounds once. Rounds before its first are not missed, since a run
-            may have gone on without its ledger: `Kept.rounds` tells.
+        ValueError: it does not hold each of the rounds once. Rounds before its first are not missed unless they were
+            seen, since a run may have gone on without its ledger: `Kept.rounds` tells.
     """
     path = Path(path)
     if not path.exists():
@@ -145,7 +145,7 @@ def find_rounds(path: str | Path, rounds: int, seen: Mapping[str, Any] | None = 
         return Kept(path, size=0)
     if seen is not None and seen["rounds"] <= rounds and _begins_so(path, seen):
         return Kept(path, seen["rounds"], seen["bytes"])
-    return _read_rounds(path, rounds)
+    return _read_rounds(path, rounds, 0 if seen is None else seen["rounds"])
 
 
 def keep_rounds(path: str | Path, rounds: int) -> int:
@@ -165,8 +165,8 @@ def _begins_so(path: Path, seen: Mapping[str, Any]) -> bool:
     return digest.hexdigest() == seen["sha256"]
 
 
-def _read_rounds(path: Path, rounds: int) -> Kept:
-    """The rounds of a ledger of which nothing is known, line by line."""
+def _read_rounds(path: Path, rounds: int, least: int) -> Kept:
+    """The rounds of a ledger that has changed, or of which nothing is known but that it held so many, line by line."""
     found: dict[int, tuple[bytes, dict[str, Any]]] = {}
     wrong, size, plain, skipped = [], 0, True, False  # plain: those kept are the file's first bytes as they stand
     with open(path, "rb") as file:
@@ -188,7 +188,7 @@ def _read_rounds(path: Path, rounds: int) -> Kept:
             plain = plain and not skipped and line.endswith(b"}\n") and round == next(reversed(found), round - 1) + 1
             found[round], size = (line.rstrip(b"\r\n") + b"\n", record), size + len(line)
     held = sorted(found)
-    if held and held[0] + len(held) != rounds or wrong and len(held) < rounds:
+    if held and held[0] + len(held) != rounds or wrong and len(held) < rounds or len(held) < least:
         missing = next(round for round in range(rounds) if round not in found)
         raise ValueError(
             f"Expected the ledger {path} to hold each of the {rounds:,} rounds before the checkpoint once, found "

@@ -292,6 +292,20 @@ def test_a_ledger_must_hold_each_round_once(tmp_path, case):
         find_rounds(path, 4)
 
 
+@pytest.mark.parametrize("text", ["", '{"round": 2}\n{"round": 3}\n'])
+def test_the_first_rounds_of_a_ledger_are_missed_if_they_were_there(tmp_path, text):
+    """A run may have gone on without its ledger; one that was emptied is damaged."""
+    path = make_ledger(tmp_path / "rounds.jsonl", 4)
+    seen = mark(path)
+    path.write_text(text)
+    assert find_rounds(path, 4).rounds == len(text.splitlines())
+    assert find_rounds(path, 4, mark(path)).rounds == len(text.splitlines())
+    with pytest.raises(
+        ValueError, match="each of the 4 rounds before the checkpoint once, found round 0 missing: rest"
+    ):
+        find_rounds(path, 4, seen)
+
+
 def test_a_ledger_is_mended_where_nothing_is_lost(tmp_path):
     """Doubled lines, another order, garbage between, other ends of lines."""
     path, lines = tmp_path / "rounds.jsonl", [json.dumps({"round": t}) + "\n" for t in range(4)]

@@ -268,7 +268,7 @@ def test_a_damaged_state_stands_in_no_ones_way(folder, start, caplog, damaged, r
     warned = [message for message in caplog.messages if message.startswith(f"Passing over the checkpoint {folder}")]
     assert warned and all(str(folder / damaged) in message for message in warned)
     assert start(str(folder / "checkpoint-4")) == str(folder / "checkpoint-4")
-    rotate(folder, 1)
+    rotate(folder, 1, proven=3)
     assert (folder / damaged / STATE_NAME).read_bytes() == text
 
 
