@@ -12,6 +12,7 @@ from .clients import read_column
 from .common.foreign_text import foreign_names
 from .config import FederatedSketchConfig
 from .data.commonsense import COLUMNS as OPTION_COLUMNS
+from .data.texts import text_problems
 from .methods import method_class
 
 
@@ -59,7 +60,9 @@ def _check_options(protocol: str | None, name: str, dataset: Dataset) -> Iterato
         )
 
 
-def check_columns(args: FederatedSketchConfig, dataset: Dataset, formatting_func: Any) -> Iterator[str]:
+def check_columns(
+    args: FederatedSketchConfig, dataset: Dataset, formatting_func: Any, eval_dataset: Any = None
+) -> Iterator[str]:
     """Problems of rows that SFTTrainer would find no text in."""
     names = set(dataset.column_names)
     known = {args.dataset_text_field, "messages", "conversations", "input_ids"} & names
@@ -70,6 +73,18 @@ def check_columns(args: FederatedSketchConfig, dataset: Dataset, formatting_func
             f"{foreign_names(names, most=20)}: rename them, or set dataset_text_field to the column that "
             "holds the text."
         )
+    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, rows in {"train_dataset": dataset, **held_out}.items():
+        if isinstance(rows, Dataset) and formatting_func is None and not skipped:
+            yield from text_problems(name, rows, _columns_read(args, {*rows.column_names}))
+
+
+def _columns_read(args: FederatedSketchConfig, names: set[str]) -> list[str]:
+    """The columns that rows are tokenised from."""
+    for columns in (["input_ids"], ["prompt", "completion"], ["messages"], [args.dataset_text_field]):
+        if {*columns} <= names:
+            return columns
+    return []
 
 
 def check_round_callbacks(found: int) -> Iterator[str]:

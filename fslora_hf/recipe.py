@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -87,7 +87,7 @@ class RecipeArguments:
         problems = field_problems(self) | range_problems(self)
         if self.dataset is None:
             self.dataset = "miniature" if self.data_dir is None else "commonsense"
-        sentences = [*problems.values(), *self._data_problems()]
+        sentences = [*problems.values(), *self._data_problems(problems.keys())]
         if "partition" not in problems:
             sentences += self._partition_problems()
         if sentences:
@@ -100,11 +100,11 @@ class RecipeArguments:
         column = "task" if by_label and self.partition_column is None else self.partition_column
         return {"column": column, "alpha": self.dirichlet_alpha, "shards_per_client": self.shards_per_client}
 
-    def _data_problems(self) -> Iterable[str]:
+    def _data_problems(self, known_wrong: Set[str]) -> Iterable[str]:
         if self.dataset != "commonsense" and self.data_dir is not None:
             remedy = "remove it, or set dataset to commonsense"
             yield sentence("data_dir", f"unset for dataset {self.dataset}", self.data_dir, remedy)
-        if self.tasks is not None and self.dataset in ("miniature", "commonsense"):
+        if self.tasks is not None and "tasks" not in known_wrong and self.dataset in ("miniature", "commonsense"):
             try:
                 check_tasks(self.tasks)
             except ValueError as error:
@@ -254,7 +254,8 @@ def _build(
         except SettingsError as error:
             problems += error.problems
         except (ValueError, TypeError) as error:
-            problems.append(said(error))
+            remedy = f"Expected settings that {each.__name__} takes, found '{said(error)}': correct what it names."
+            problems.append(str(error) if str(error).startswith("Expected ") else remedy)
         else:
             known = f"a value that {each.__name__} can read"
             problems += [sentence(name, known, values[name], "correct it") for name in sorted(own & unconverted)]

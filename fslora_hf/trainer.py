@@ -157,7 +157,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
         raise_together([*check_round_callbacks(own or 1), *problems])
         raise_together(best_problems(args, callbacks, eval_dataset, compute_metrics))
         agree(lambda: check_writable(args.output_dir))
-        raise_together(check_columns(args, train_dataset, formatting_func))
+        raise_together(check_columns(args, train_dataset, formatting_func, eval_dataset))
         raise_together(check_fold(args.method, quantization_config is not None))
         given = ClientIndex.from_column(column_to_numpy(train_dataset, args.client_id_column), args.client_id_column)
         self.client_ranks = run.ranks_of_clients(args, len(given), lora.r)

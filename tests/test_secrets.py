@@ -141,7 +141,7 @@ def test_what_is_written_down_has_no_secret_and_every_other_setting():
         pad_token="<pad>",
         hub_revision="0123456789abcdef0123456789abcdef01234567",
         model_init_kwargs={"token": WORDS, "deep": [{"api_key": WORDS}], "num_tokens": 3},
-        lr_scheduler_kwargs={"note": f"with {TOKEN}"},
+        dataset_kwargs={"note": f"with {TOKEN}"},
         run_name=TOKEN,
     )
     with pytest.warns(FutureWarning, match="_token` is deprecated"):
@@ -151,7 +151,7 @@ def test_what_is_written_down_has_no_secret_and_every_other_setting():
     assert (values["eos_token"], values["pad_token"], values["hub_token"]) == ("<|end|>", "<pad>", "<HUB_TOKEN>")
     assert values["model_init_kwargs"] == {"token": "<TOKEN>", "deep": [{"api_key": "<API_KEY>"}], "num_tokens": 3}
     same = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
-    for name in same.keys() - {"model_init_kwargs", "lr_scheduler_kwargs", "run_name"}:
+    for name in same.keys() - {"model_init_kwargs", "dataset_kwargs", "run_name"}:
         assert values[name] == same[name], name
 
 

@@ -66,11 +66,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected {path} to be UTF-8 JSON, found {error}: download the file again.") from error
+    except OSError as error:
+        raise OSError(f"Expected {path} to be readable, found '{error.strerror}': mend that.") from error
     if not isinstance(rows, list) or not rows:
         raise ValueError(
-            f"Expected {path} to hold a list of rows, found {rows if rows == [] else type(rows).__name__}."
+            f"Expected {path} to hold a list of rows, found {rows if rows == [] else type(rows).__name__}: download "
+            "the file again."
         )
     check_rows(rows, path)
     return rows
@@ -147,6 +150,14 @@ def _paths(root: Path, tasks: list[str] | None, split: str) -> dict[str, Path]:
     return {task: path for task, path in paths.items() if path.is_file()}
 
 
+def _is_whole(text: str) -> bool:
+    """Whether every character has both halves, which JSON does not ask for and no file can hold."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _problem(row: object) -> str | None:
     """What keeps a published row from being used, or None."""
     if not isinstance(row, dict):
@@ -154,6 +165,8 @@ def _problem(row: object) -> str | None:
     absent = [field for field in FIELDS if not isinstance(row.get(field), str) or not row[field]]
     if absent:
         return f"no text in {', '.join(absent)}"
+    if any(not _is_whole(row[field]) for field in FIELDS):
+        return "half a character"
     if row.get("input"):
         return "an input beside the instruction, which the prompt would not show,"
     try:

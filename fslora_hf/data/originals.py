@@ -13,6 +13,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, List, Value, load_dataset
 
 from ..common.foreign_text import LONGEST_REASON, foreign_text
+from ..common.masking import scrub
 from .commonsense import TASKS, check_limit, check_split, check_tasks, draw_rows, render_row, to_dataset
 from .templates import published_row
 
@@ -153,7 +154,12 @@ def _load(task: str, split: str) -> Dataset:
 
 def reason(error: Exception) -> str:
     """What made a data set fail to load, in one line; `datasets` wraps some causes in a sentence that says nothing."""
-    return foreign_text(error.__cause__ or error, LONGEST_REASON).rstrip(".") or type(error).__name__
+    cause = error.__cause__ or error
+    if isinstance(cause, StopIteration):
+        return "nothing in it"
+    if isinstance(cause, UnicodeError):
+        return f"text that is not UTF-8 ({foreign_text(cause, 120)})"
+    return foreign_text(scrub(str(cause)), LONGEST_REASON).rstrip(".") or type(error).__name__
 
 
 def _check_schema(dataset: Dataset, original: Original, where: str) -> None:

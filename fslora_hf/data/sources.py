@@ -30,6 +30,7 @@ from .commonsense import (
 )
 from .miniature import load_miniature
 from .originals import load_originals, reason
+from .texts import check_encoding
 
 # The first of these that a data set has is held out.
 _HELD_OUT = ("test", "validation")
@@ -84,6 +85,9 @@ def load_rows(
     if not names:
         return None
     rows = splits[names[0]]
+    if not len(rows):
+        raise ValueError(f"Expected rows in the split {names[0]} of {source}, found none: name another data set.")
+    check_encoding(rows, source)
     return _rendered(rows, source, **chosen) if _is_published(rows) else rows
 
 
@@ -94,7 +98,9 @@ def check_path(source: str) -> None:
         FileNotFoundError: it can only be a path, and there is nothing.
     """
     path = Path(source)
-    if not path.exists() and (path.is_absolute() or source.startswith(".") or path.suffix in _READERS):
+    if "\0" in source or not source.strip():
+        raise FileNotFoundError(f"Expected a file, a folder or a name of the Hub, found {source!r}: name one.")
+    if not os.path.exists(path) and (path.is_absolute() or source.startswith(".") or path.suffix in _READERS):
         raise FileNotFoundError(f"Expected a file or folder of rows, found none at {source}: correct the path.")
 
 
@@ -104,7 +110,7 @@ def _load_splits(source: str) -> dict[str, Dataset]:
     if path.is_file():
         return _load_file(path)
     if path.is_dir() and any((path / name).is_file() for name in _SAVED):
-        splits = load_from_disk(source)
+        splits = _load_saved(source)
         return splits if isinstance(splits, DatasetDict) else {_split_of(str(splits.split)): splits}
     check_path(source)
     try:
@@ -122,12 +128,23 @@ def _load_splits(source: str) -> dict[str, Dataset]:
     return splits
 
 
+def _load_saved(source: str) -> Dataset | DatasetDict:
+    try:
+        return load_from_disk(source)
+    except Exception as error:  # of JSON, of Arrow, and of keys that are missing
+        raise ValueError(
+            f"Expected {source} as save_to_disk wrote it, found {reason(error)}: save the data set once more."
+        ) from error
+
+
 def _load_file(path: Path) -> dict[str, Dataset]:
     if path.suffix not in _READERS:
         raise ValueError(
             f"Expected a file that ends in {', '.join(_READERS)}, found {path}: convert it to one of these."
         )
     split = _split_of(path.stem)
+    if not path.stat().st_size:
+        raise ValueError(f"Expected {path} to hold rows as {path.suffix[1:]}, found an empty file: name another.")
     try:
         return {split: load_dataset(_READERS[path.suffix], data_files={split: str(path)}, split=split)}
     except Exception as error:  # each reader raises types of its own

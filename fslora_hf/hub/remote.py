@@ -5,7 +5,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import build_hf_headers, paginate, validate_repo_id
 
+from ..common.foreign_text import foreign_names, foreign_text
+from ..settings import kind_of
 from .errors import HubError, check_token, translate
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,8 @@ def check_target(target: HubTarget, *, deadline_s: float = 60.0) -> HubTarget | 
     """
     try:
         remote = Remote(target, deadline_s)
-        who = remote.call("whoami")
-        remote.own(who["name"])
+        who = remote.who()
+        remote.own(who.name)
         _refuse_owner(remote.target.repo_id, who)
         remote.create()
         try:
@@ -68,17 +70,53 @@ def check_target(target: HubTarget, *, deadline_s: float = 60.0) -> HubTarget | 
         return None
 
 
-def _refuse_owner(repo_id: str, who: dict[str, Any]) -> None:
-    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+@dataclass(frozen=True)
+class Owner:
+    """Whom a token belongs to, and whether it only reads."""
+
+    name: str
+    organizations: tuple[str, ...]
+    reads_only: bool
+
+    @classmethod
+    def of(cls, answer: Any) -> "Owner":
+        """What the Hub answers when it is asked who one is; without what it says in another shape.
+
+        Raises:
+            HubError: it does not say a name.
+        """
+        name = answer.get("name") if isinstance(answer, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise HubError(
+                f"Expected the Hub to say whom the token belongs to, found an answer of another shape "
+                f"({foreign_names(answer) if isinstance(answer, Mapping) else kind_of(answer)}): see that the address "
+                "of the Hub (HF_ENDPOINT) is one.",
+                "server",
+            )
+        listed = answer.get("orgs")
+        organizations = [each.get("name") for each in listed if isinstance(each, Mapping)] if _is_list(listed) else []
+        role = answer
+        for key in ("auth", "accessToken", "role"):
+            role = role.get(key) if isinstance(role, Mapping) else None
+        return cls(name, tuple(each for each in organizations if isinstance(each, str)), role == "read")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _refuse_owner(repo_id: str, who: Owner) -> None:
+    if who.reads_only:
         raise HubError(
             f"Expected a token that may write to {repo_id}, found one that only reads: make one with write access and "
             "pass it as hub_token.",
             "permission",
         )
-    owners = [who["name"], *(organization["name"] for organization in who.get("orgs", []))]
+    owners = [who.name, *who.organizations]
+    told = " or ".join(foreign_text(name, 60) for name in owners[:20])
     if repo_id.split("/")[0].casefold() not in {name.casefold() for name in owners}:
         raise HubError(
-            f"Expected a repository of {' or '.join(owners)}, to whom the token belongs, found {repo_id}: set "
+            f"Expected a repository of {told}, to whom the token belongs, found {repo_id}: set "
             "hub_model_id to one of theirs, or pass another hub_token.",
             "permission",
         )
@@ -120,10 +158,14 @@ class Remote:
         call = partial(getattr(self._api, method), **where, **arguments)
         return self._translated(lambda: within(call, self.seconds_left))
 
+    def who(self) -> Owner:
+        """Whom the token belongs to."""
+        return Owner.of(self.call("whoami"))
+
     def open(self) -> None:
         """Read the repository; make it, or the branch, if there is none."""
         if "/" not in self.target.repo_id:
-            self.own(self.call("whoami")["name"])
+            self.own(self.who().name)
         try:
             self.read()
         except HubError as error:
