@@ -24,6 +24,7 @@ from .trainer import FederatedSketchTrainer
 from .watch import RunLost
 
 Trained = TypeVar("Trained", bound=FederatedSketchTrainer)
+_OUR_WORDS = ("Expected ", "The run cannot start:")
 FIGURE_NAME = "rounds.png"  # in a run's folder, written when it has ended well
 
 
@@ -67,6 +68,22 @@ def build_trainer(
         rows: to train on in place of the recipe's, their clients named.
         evaluates: whether the recipe's held-out rows are loaded.
     """
+    try:
+        return _build(recipe, args, model_args, callbacks, trainer_class, rows, evaluates)
+    except (ValueError, OSError) as error:
+        error.is_told = str(error).startswith(_OUR_WORDS)  # before a step of training, and so in need of no traceback
+        raise
+
+
+def _build(
+    recipe: RecipeArguments,
+    args: FederatedSketchConfig,
+    model_args: ModelArguments,
+    callbacks: Sequence[TrainerCallback],
+    trainer_class: Callable[..., Trained],
+    rows: Dataset | None,
+    evaluates: bool,
+) -> Trained:
     train = training_rows(recipe, args) if rows is None else rows
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -111,6 +128,10 @@ def claimed(output_dir: str, anew: bool = False) -> Iterator[None]:
                 refuse_occupied(Path(output_dir), resuming="--resume_from_checkpoint true")
             yield
     except (FolderInUse, OccupiedError, RunLost, WriteError) as error:
+        sys.exit(str(error) if rank() == 0 else 1)
+    except (ValueError, OSError) as error:
+        if not getattr(error, "is_told", False):
+            raise
         sys.exit(str(error) if rank() == 0 else 1)
 
 
