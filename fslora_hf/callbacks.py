@@ -65,6 +65,7 @@ class RoundCallback(TrainerCallback):
         self.trainer.rotate_checkpoints()
         done, last = round + 1, self.trainer.run_ends or self.watch.run_is_lost
         self._log(record, done)
+        self.trainer.check_trained(record)
         control.should_save |= self._due(args.save_rounds, done, last) or self.save_requested
         control.should_evaluate |= self._due(args.eval_rounds, done, last)
         control.should_training_stop |= last

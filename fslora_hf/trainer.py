@@ -65,6 +65,7 @@ from .loader import RoundBatches, RoundLoader
 from .local_steps import LocalSteps
 from .methods import beside, method_class
 from .methods.contract import check_received
+from .movement import Movement
 from .plan import ClientPlan, RoundPlan, plan_round
 from .processes import agree, gather, rank
 from .quantized import check_as_stored, keep_as_stored
@@ -350,6 +351,10 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
         self._bytes_up += record["bytes_up"]
         return record
 
+    def check_trained(self, record: dict[str, Any]) -> None:
+        """End the run if a targeted layer is not trained, once the round's line is in the ledger."""
+        self._movement.settle(record["round"], record["learning_rate"], gather)
+
     @property
     def run_ends(self) -> bool:
         """Whether the round that is just over is the run's last: all are done, the budget of uploads is used up, or
@@ -391,13 +396,14 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
         stack.attach()
         base = FoldedBase.of(self.model) if method.folds else None
         self._feedback = self._open_feedback() if self.keeps_feedback else None
+        self._movement = Movement(A, method.trains, args.local_steps, args.learning_rate)
         self._engine = self._engine_class(
             plan=self._plan,
             layout=self.layout,
             method=method,
             server=ServerState(A, B, args.server_optim, args.resolved_server_learning_rate, base),
             stack=stack,
-            transforms=(check_finite,),
+            transforms=(check_finite, self._movement.note),
             compressor=None if args.upload_top_k is None else TopK(args.upload_top_k, method, self._feedback),
             sum_over_processes=torch.distributed.all_reduce if args.world_size > 1 else lambda tensor: None,
             gather=gather_object if args.world_size > 1 else lambda objects: objects,

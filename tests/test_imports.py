@@ -14,7 +14,7 @@ ROWS = [
     {"ledger"},
     {"clients", "sketch", "variables", "ranges", "data", "checkpoint", "rows", "schedule", "report"},
     {"partition", "plan", "methods", "evaluation", "feedback"},
-    {"refusals"},
+    {"refusals", "movement"},
     {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining", "token_metrics"},
     {"loader", "engine", "block_size", "targets", "local_steps", "recipe", "hub", "folding", "watch"},
     {"adapter_checks", "resuming"},
@@ -26,7 +26,7 @@ ROWS = [
     {"__init__"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
-TORCH_ONLY = {"sketch", "methods", "plan", "layout", "draws"}
+TORCH_ONLY = {"movement", "sketch", "methods", "plan", "layout", "draws"}
 
 
 def modules():

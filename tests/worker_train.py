@@ -7,6 +7,7 @@ test forks. A job:
     args              fields of FederatedSketchConfig
     lora              arguments of tiny.lora_config
     dtype             "float64" or "float32"
+    zeroed            name of a layer of the model whose weight is set to zero
     resume            resume from the last complete checkpoint
     evaluated         evaluate on other tiny rows
     patience          of an EarlyStoppingCallback
@@ -75,6 +76,8 @@ def run(job: dict) -> None:
         callbacks=[killer, *([EarlyStoppingCallback(job["patience"])] if "patience" in job else [])],
         eval_dataset=tiny.tokenised(seed=5) if job.get("evaluated") else None,
     )
+    if job.get("zeroed"):
+        trainer.model.get_submodule(job["zeroed"]).weight.data.zero_()
     disk.armed = killer.watch[0] < 0
     try:
         trainer.train(resume_from_checkpoint=True if job.get("resume") else None)

@@ -1,5 +1,6 @@
 """The local work of one client on the simulator's trainer and engine: rounds of which it is all there is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,8 @@ from .. import host_memory
 from ..callbacks import RoundCallback
 from ..engine import RoundEngine
 from ..feedback import ErrorFeedback
-from ..methods import ClientAdapter, method_class
+from ..methods import ClientAdapter, ClientUpdate, method_class
+from ..processes import gather
 from ..trainer import FederatedSketchTrainer
 
 
@@ -29,6 +31,7 @@ class _LocalEngine(RoundEngine):
 
     received: ClientAdapter
     result: LocalResult
+    note: Callable[[ClientUpdate], ClientUpdate]
 
     def begin_round(self, round):
         self.round, plan = round, self.plan(round)
@@ -42,6 +45,7 @@ class _LocalEngine(RoundEngine):
         (client,) = self._block
         update = self._update(client, *self.stack.change(0), self.received)
         loss = (self._losses / self.layout.local_steps).item()
+        self.note(update)
         update = self._compress(client, update)  # what is not finite counts as largest, and the server refuses it
         self.result = LocalResult(update.A, update.B, loss)
         self.abandon()
@@ -93,7 +97,7 @@ class NodeTrainer(FederatedSketchTrainer):
         """Take the local steps of a round, from 0, beginning with this adapter.
 
         Raises:
-            ValueError: the round is not one of this run.
+            ValueError: the round is not one of this run, or with `upload_top_k` a targeted layer was not trained.
         """
         if not 0 <= round < self.args.num_rounds:
             raise ValueError(f"Expected a round from 0 to {self.args.num_rounds - 1}, found {round}: the server runs "
@@ -102,9 +106,11 @@ class NodeTrainer(FederatedSketchTrainer):
         kept = self.args.device.type == "cpu" and host_memory.keep_freed_memory()
         self._open_run()
         try:
-            self._engine.received = received
+            self._engine.received, self._engine.note = received, self._movement.note
             self.rounds_done = round
             SFTTrainer.train(self)  # ours would look for a run in output_dir; a node keeps none
+            if self.args.upload_top_k is not None:  # of which the server sees a part
+                self._movement.settle(round, self.round_plan(round).learning_rate, gather)
             return self._engine.result
         finally:
             self._close_run()
