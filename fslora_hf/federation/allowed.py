@@ -49,12 +49,11 @@ IGNORED = (
     # the server's: who takes part, what is kept, evaluated and pushed
     "clients_per_round client_ranks rank_distribution min_rank max_rank upload_budget output_dir "
     "per_device_train_clients save_rounds save_total_limit save_on_each_node resume_from_checkpoint max_lost_rounds "
-    "eval_rounds "
-    "eval_on_start eval_rows_per_task eval_protocol eval_num_beams eval_max_new_tokens per_device_eval_batch_size "
-    "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
-    "batch_eval_metrics metric_for_best_model greater_is_better load_best_model_at_end push_to_hub push_rounds "
-    "push_resume_state push_eval_results push_eval_yaml hub_model_id hub_revision hub_token hub_private_repo "
-    "hub_deadline "
+    "eval_rounds eval_on_start eval_rows_per_task eval_protocol eval_num_beams eval_max_new_tokens "
+    "per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object "
+    "eval_accumulation_steps include_for_metrics batch_eval_metrics metric_for_best_model greater_is_better "
+    "load_best_model_at_end push_to_hub push_rounds push_resume_state push_eval_results push_eval_yaml hub_model_id "
+    "hub_revision hub_token hub_private_repo hub_deadline "
     # the log, which is the server's, and the node's own
     "logging_steps logging_first_step logging_strategy logging_nan_inf_filter log_on_each_node log_level "
     "log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name project trackio_space_id "

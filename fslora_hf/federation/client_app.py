@@ -1,6 +1,7 @@
 """The Flower ClientApp: passes packets on to the process that holds this node's model, and its answers back.
 
-Flower starts a process for every message. This one loads neither torch nor the model: those stay where they are.
+`messenger.py` runs it, in a process for every message, which loads neither torch nor the model: those stay where they
+are. The app that `flwr run` uploads names it, too, as Flower wants one; on a node that one is not run.
 """
 
 from .flower import SOCKET, unwrap, wrap  # first: it checks Flower's version

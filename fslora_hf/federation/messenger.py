@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -46,6 +47,17 @@ def connect(address: str, *interceptors) -> RuntimeHttpClient:
     )
 
 
+def wait_for(address: str) -> None:
+    """Returns once the SuperNode, which starts at the same time, is there; Flower would warn at every try before."""
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5.0).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+
+
 def answer_one(address: str, token: str) -> None:
     """Answer the message that `token` stands for, with what went wrong where that is so."""
     end_with_parent()
@@ -74,6 +86,7 @@ def main(address: str) -> None:
     end_with_parent()
     parent, client, fork = os.getppid(), connect(address), multiprocessing.get_context("fork")
     wanted = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    wait_for(address)
     while os.getppid() == parent:
         task = client.AcquireTask(wanted)
         if task.HasField("task") and task.token:
