@@ -10,13 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from fslora_hf.common.command_line import TokenParser
 from fslora_hf.hub.outbox import OUTBOX_NAME, Outbox
 from fslora_hf.hub.pusher import push_pending
 from fslora_hf.hub.uploader import HubTarget
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = TokenParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="that of the run")
     parser.add_argument(
         "--repo_id", help="another repository than the run's; rounds pushed before stay where they are"

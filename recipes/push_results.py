@@ -11,11 +11,12 @@ by `hf auth login` or HF_TOKEN where others can see your command lines.
 import argparse
 import sys
 
+from fslora_hf.common.command_line import TokenParser
 from fslora_hf.hub.results_push import push_results
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = TokenParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", metavar="PATH", nargs="+", help="a results file, or a folder to search for them")
     parser.add_argument("--repo_id", required=True, help="the data set repository, as owner/name")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """No secret of a user's in what is said or written: by its name, by its looks, wherever a slip has put it."""
 
+import importlib
 import json
 import random
 import secrets
@@ -214,3 +215,13 @@ def test_a_sentence_tells_only_the_kind_of_a_secret():
     )
     assert WORDS not in sentence("other", "a number", {"a": [{"password": WORDS}]}, "r")
     assert SettingsError([f"found {TOKEN}"]).problems == ["found ***"]
+
+
+@pytest.mark.parametrize("script", ["push", "push_results"])
+@pytest.mark.parametrize("slip", [["--tokn", WORDS], [f"--tokens={WORDS}"], ["--token", "x", WORDS], ["--x", TOKEN]])
+def test_a_slip_on_the_command_line_of_a_push(capsys, script, slip):
+    module = importlib.import_module(f"recipes.{script}")
+    with pytest.raises(SystemExit):
+        module.parse(["runs/one", *(["--repo_id", "a/b"] if script == "push_results" else []), "--y", *slip])
+    printed = capsys.readouterr().err
+    assert "unrecognized" in printed and TOKEN not in printed and WORDS not in printed
