@@ -13,6 +13,7 @@ from trl import get_peft_config, get_quantization_config
 
 from .config import FederatedSketchConfig
 from .data.sources import load_rows
+from .movement import NeverTrained
 from .partition import partition
 from .processes import rank
 from .recipe import ModelArguments, RecipeArguments
@@ -127,7 +128,7 @@ def claimed(output_dir: str, anew: bool = False) -> Iterator[None]:
             if anew:
                 refuse_occupied(Path(output_dir), resuming="--resume_from_checkpoint true")
             yield
-    except (FolderInUse, OccupiedError, RunLost, WriteError) as error:
+    except (FolderInUse, NeverTrained, OccupiedError, RunLost, WriteError) as error:
         sys.exit(str(error) if rank() == 0 else 1)
     except (ValueError, OSError) as error:
         if not getattr(error, "is_told", False):

@@ -11,7 +11,6 @@ import sys
 
 from fslora_hf import FederatedSketchConfig
 from fslora_hf.launch import build_trainer, claimed, finish, missing_rounds
-from fslora_hf.movement import NeverTrained
 from fslora_hf.processes import leave
 from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.settings import SettingsError
@@ -24,10 +23,7 @@ def main() -> None:
         sys.exit(str(error))
     with claimed(args.output_dir, anew=not args.resume_from_checkpoint):
         trainer = build_trainer(recipe, args, model_args)
-        try:
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        except NeverTrained as error:
-            sys.exit(str(error))
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         table = finish(trainer)
     leave()
     if trainer.is_world_process_zero():
