@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .adapter import PEFT_PREFIX
-from .checkpoint import STATE_NAME, read_state
+from .checkpoint import STATE_NAME, finished_checkpoints, read_state
 from .common.foreign_text import LONGEST_REASON, foreign_text
 from .ledger import LEDGER_NAME
 from .settings import SettingsError, field_problems, sentence
@@ -99,8 +99,7 @@ def find_adapters(adapter: str | None) -> tuple[list[FoundAdapter], Path | None]
 
 
 def _of_run(path: Path) -> list[FoundAdapter]:
-    checkpoints = [folder for folder in path.glob("checkpoint-*") if (folder / STATE_NAME).is_file()]
-    found = {read_state(folder, verify=False)["round"]: folder for folder in checkpoints}
+    found = dict(finished_checkpoints(path))
     if found:
         return [
             FoundAdapter(f"round-{round:04d}", str(folder), folder, round=round, run=path.resolve().name)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from fslora_hf.checkpoint import STATE_NAME, CheckpointError, read_state, rotate
 from fslora_hf.run import find_start
 from fslora_hf.storage.state_file import checksum, digest
+from fslora_hf.subjects import find_adapters
 from tests.test_bad_resume import files, make
 from tests.worker_train import ledger
 
@@ -265,6 +266,7 @@ def test_a_damaged_state_stands_in_no_ones_way(folder, start, caplog, damaged, r
     (folder / damaged / STATE_NAME).write_bytes(text)
     with caplog.at_level(logging.WARNING):
         assert start(True) == str(folder / rest)
+    assert [each.round for each in find_adapters(str(folder))[0]] == ([1, 2] if damaged == LAST else [2, 3])
     warned = [message for message in caplog.messages if message.startswith(f"Passing over the checkpoint {folder}")]
     assert warned and all(str(folder / damaged) in message for message in warned)
     assert start(str(folder / "checkpoint-4")) == str(folder / "checkpoint-4")
