@@ -30,7 +30,8 @@ ARGS = {
     "save_rounds": 1,
     "save_total_limit": 1,
 }
-SAVE = [STEPS, 2 * STEPS]  # from the second round's first step to the third's: its end saves, and removes the first
+SAVE = [STEPS, 2 * STEPS]  # from the second round's first step to the third's: its end saves
+REMOVAL = [2 * STEPS, 3 * STEPS]  # the third round, whose end proves the second's checkpoint: the first's is removed
 
 
 def job(folder, **changes) -> dict:
@@ -192,6 +193,17 @@ def test_law_3_killed_at_every_disk_operation_of_a_save(uninterrupted, fork, tmp
     """Before, in the middle of and after each write, rename and removal between two rounds."""
     whole, operations = uninterrupted
     kill_at_each(operations, fork, whole, tmp_path, SAVE, ROUNDS - 1)
+
+
+@pytest.mark.slow
+def test_law_3_killed_at_every_disk_operation_of_a_removal(uninterrupted, fork, tmp_path):
+    """While the checkpoint that a proven one has taken the place of is renamed and its files go."""
+    whole, _ = uninterrupted
+    (tmp_path / "look").mkdir()
+    operations = operations_of(fork, tmp_path / "look", REMOVAL)
+    gone = {n: what for n, what in operations.items() if f".checkpoint-{STEPS}.partial" in what}
+    assert len(gone) > 8 and any("rename" in what for what in gone.values()), operations
+    kill_at_each(gone, fork, whole, tmp_path, REMOVAL, ROUNDS - 2)
 
 
 @pytest.mark.slow
