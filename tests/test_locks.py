@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from fslora_hf.federation.server import FederationArguments, run_federation
 from fslora_hf.launch import claimed, finish
 from fslora_hf.storage import locks
 from fslora_hf.storage.disk_errors import WriteError
@@ -123,7 +122,7 @@ def test_a_second_server_asks_no_node_for_anything(other, tmp_path):
     for resume in (False, True):
         recipe = str(federated.write_recipe(source, tmp_path))
         with pytest.raises(FolderInUse):
-            run_federation(FederationArguments(recipe=recipe, resume=resume), exchange)
+            federated.federate(recipe, exchange, resume=resume)
     assert not exchange.sent
 
 
