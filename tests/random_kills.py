@@ -29,8 +29,8 @@ ROOT = Path(__file__).parent.parent
 CLOCKS = re.compile(
     r'"(seconds|time|resumed|minutes_left|\w*runtime|\w*_per_second|total_flos|resume_from_checkpoint)": [^,}\n]+'
 )
-# The Trainer's means since a run's last log, or since its start or resumption.
-WINDOWS = re.compile(r'"(loss|train_loss|entropy|mean_token_accuracy)": [^,}\n]+')
+# The Trainer's means and sums since a run's last log, its start or its resumption.
+WINDOWS = re.compile(r'"(loss|train_loss|entropy|mean_token_accuracy|(?:eval_)?num_tokens)": [^,}\n]+')
 
 at_end: list[Callable[[], None]] = []  # called when a script has ended, in the processes forked from this one, too
 

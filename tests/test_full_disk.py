@@ -1,5 +1,6 @@
 """A disk that fills up at any moment: one sentence, nothing half done left, and the right end once there is room."""
 
+import errno
 import os
 import random
 import shutil
@@ -7,11 +8,16 @@ import shutil
 import pytest
 import torch
 
+from fslora_hf.evaluation.entries import read_results
+from fslora_hf.evaluation.leaderboard import rank
+from fslora_hf.hub.fetch import fetch_round
 from fslora_hf.hub.outbox import Outbox
 from fslora_hf.report import plot_ledger, read_ledger
 from fslora_hf.storage.disk_errors import WriteError
+from recipes.leaderboard import write_leaderboard
 from tests.full_disk import FullDisk
 from tests.random_kills import differences, photograph
+from tests.result_files import REFERENCE, evaluation
 from tests.test_evaluate import results_of
 from tests.worker_train import build
 
@@ -79,6 +85,30 @@ def test_an_evaluation_on_a_disk_that_fills_up(run, base, tmp_path):
         assert not [name for name in unfinished(folder) if not name.endswith(".jsonl")]
         score()
         assert not differences(photograph(folder), expected), moment
+
+
+def test_a_leaderboard_on_a_disk_that_fills_up(tmp_path):
+    (tmp_path / "a").mkdir()
+    evaluation(tmp_path / "a", "reference", REFERENCE)
+    board = rank(read_results([tmp_path / "a"]))
+    folder = tmp_path / "board"
+    write_leaderboard(board, folder)
+    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with FullDisk(folder) as disk:
+        write_leaderboard(board, folder)
+    for moment in range(1, disk.count + 1):
+        with pytest.raises(WriteError, match=TOLD), FullDisk(folder, moment):
+            write_leaderboard(board, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected, moment
+
+
+def test_a_download_from_the_hub_on_a_disk_that_is_full(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fslora_hf.hub.fetch._fetch", full)
+    with pytest.raises(WriteError, match="^Expected to write ann/a@round-0001, found 'No space left .*: make room"):
+        fetch_round("ann/a", "round-0001", tmp_path / "hub_resume")
 
 
 def test_an_outbox_on_a_disk_that_fills_up(tmp_path):

@@ -114,6 +114,17 @@ def test_without_any_source_both_reasons_are_named_and_nothing_is_left(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_not_taken_for_a_missing_source(tmp_path, sources, monkeypatch):
+    def full(folder: Path) -> str:
+        raise RuntimeError("Error while serializing: No space left on device (os error 28)")
+
+    asked = sources(full, fake_model)
+    monkeypatch.setattr(sys, "argv", ["prepare_model.py", "--target_dir", str(tmp_path / "model")])
+    with pytest.raises(SystemExit, match="Expected to write the model to .*No space left on device.*make room there"):
+        prepare_model.main()
+    assert asked == ["_from_hub"] and not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, sources, monkeypatch):
     sources(fake_model, fake_model)
     (tmp_path / "file").write_text("")

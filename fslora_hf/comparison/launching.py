@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from ..storage import disk_errors
 from ..storage.locks import lock_file
 from .folder import Folder
 from .results import is_done, is_started, rounds_and_bytes, share_done
@@ -38,7 +39,9 @@ class Launcher:
 
         `watch` is called every now and then meanwhile.
         """
-        with open(self.folder.log(run.name), "a", encoding="utf-8") as log:
+        with disk_errors.told(self.folder.log(run.name)):
+            log = open(self.folder.log(run.name), "a", encoding="utf-8")  # noqa: SIM115  (closed by the next line)
+        with log:
             # Every process of a run has inherited its log, locked: what a killed comparison left running goes on, and
             # a second process in its folder would spoil it.
             while lock_file(log.fileno()) is False:
