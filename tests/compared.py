@@ -50,7 +50,9 @@ def write_run(folder: Path, rounds: int, evaluations: dict[int, tuple], *, data:
     (folder / "rounds.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in range(rounds)))
     checkpoint = folder / f"checkpoint-{rounds}"
     checkpoint.mkdir(exist_ok=True)
-    (checkpoint / "federated_state.json").write_text(json.dumps({"round": rounds, "files": {}, "run": {}}))
+    (checkpoint / "federated_state.json").write_text(
+        json.dumps({"format": 1, "round": rounds, "files": {}, "run": {}})
+    )
     (folder / "rounds.png").touch()
     history = []
     for done, (loss, accuracy) in evaluations.items():
