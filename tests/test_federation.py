@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fslora_hf.common.foreign_text import LONGEST_REASON
 from fslora_hf.federation.packet import Packet
 from fslora_hf.federation.roster import FederationError
 from fslora_hf.folding import FoldedBase
@@ -398,7 +399,7 @@ def test_what_a_node_sends_beyond_its_update_counts_for_nothing(tmp_path, recipe
 def test_a_reason_of_any_length_is_cut(tmp_path, recipe, nodes):
     nodes[102] = faulty(nodes[102], lambda packet: Packet({"kind": "failed", "reason": "x" * 1_000_000}))
     federated.federate(recipe, federated.LocalExchange(nodes))
-    assert len(ledger(tmp_path / "run")[1]["refused"][0]["reason"]) == 1000
+    assert len(ledger(tmp_path / "run")[1]["refused"][0]["reason"]) == LONGEST_REASON
 
 
 def test_nothing_but_what_is_needed_crosses_the_wire(tmp_path, recipe, nodes):

@@ -269,8 +269,9 @@ def test_a_resumed_run_judges_as_one_that_was_not_interrupted(tmp_path, seed):
     for round in range(2 * PAST_ROUNDS + 20):
         if round == cut:
             resumed = RunWatch.over(path, round, 3)
-        line = record(round, [draw.choice([draw.uniform(0, 8 - round / 20), draw.uniform(2, 20), None]) for _ in range(2)],
-                      [(0, draw.choice([NOT_FINITE, "other"]))] if draw.random() < 0.4 else ())  # fmt: skip
+        losses = [draw.choice([draw.uniform(0, 8 - round / 20), draw.uniform(2, 20), None]) for _ in range(2)]
+        refused = [(0, draw.choice([NOT_FINITE, "other"]))] if draw.random() < 0.4 else ()
+        line = record(round, losses, refused)
         mark = live.judge(line, SOUND)
         if resumed is not None:
             assert resumed.judge(line, SOUND) == mark
