@@ -181,7 +181,9 @@ def _rendered(
     check_limit(limit)
     of_task = _tasks_of(rows, source)
     # A CSV reader takes true and false for more than texts.
-    published = [r | {"answer": str(r["answer"]).lower()} if isinstance(r["answer"], bool) else r for r in rows]
+    published = [
+        r | {"answer": str(r["answer"]).lower()} if isinstance(r["answer"], bool) else r for r in rows.to_list()
+    ]
     check_rows(published, source)
     rendered = to_dataset([render_row(row, task) for row, task in zip(published, of_task, strict=True)])
     further = rows.remove_columns([c for c in rows.column_names if c in (*COLUMNS, *FIELDS, "input")])
