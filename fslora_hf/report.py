@@ -1,5 +1,6 @@
 """Tables and figures from the ledger of a run (`rounds.jsonl`, one line a round)."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -71,8 +72,9 @@ def check_round(row: dict, where: str) -> None:
 
 
 def _is_value(value: object) -> bool:
-    """Whether it can stand for a client in a list: a number, or null where there is none."""
-    return value is None or type(value) in (int, float) and abs(value) < 2**63
+    """Whether it can stand for a client in a list: a number, or null where there is none. A norm that is refused for
+    its size is a number, too; an integer that no float holds cannot be drawn."""
+    return value is None or type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < 2**63
 
 
 def _is_refusal(entry: object) -> bool:
