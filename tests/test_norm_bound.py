@@ -75,6 +75,14 @@ def test_norms_that_really_grow_are_taken_after_some_rounds():
     assert 0 < rounds <= PAST_ROUNDS / 2 + 1
 
 
+@pytest.mark.parametrize("rate", [1e-6, 0.0])
+def test_what_waits_with_the_clients_does_not_shrink_with_the_rate(rate):
+    bound = NormBound(10, local_steps=10, keeps_rest=True)
+    bound.restore([record(1e-3, [0.1, 0.1])] * PAST_ROUNDS)
+    assert refused(bound, [0.1, 0.2, POISON], rate=rate) == [2]
+    assert refused(bound, [5.0, 5.0], rate=1e-2) == []  # a rate that grows, as ever
+
+
 def test_a_record_that_says_less_is_passed_over():
     bound = NormBound(10, local_steps=10)
     bound.restore(

@@ -25,15 +25,17 @@ class NormBound:
     Norms of other rounds and ranks are made comparable first. A client's steps are as large as its learning rate, so a
     norm of another round counts times the quotient of the rates. Of k times the numbers it is the root of k times as
     large with Adam, and that much smaller with some scales and SGD: a norm of another rank counts times the root of
-    the quotient of the ranks, the larger over the smaller.
+    the quotient of the ranks, the larger over the smaller. What clients have left out of their updates waits to be
+    sent and does not shrink when the rate falls: then, no norm of the past counts less than it was.
 
     Args:
         ratio: how many times the median a norm may be, above 0.
         local_steps: that a client takes in a round.
+        keeps_rest: whether clients send later what they leave out now (`error_feedback`).
     """
 
-    def __init__(self, ratio: float, local_steps: int):
-        self._ratio, self._local_steps = ratio, local_steps
+    def __init__(self, ratio: float, local_steps: int, keeps_rest: bool = False):
+        self._ratio, self._local_steps, self._least = ratio, local_steps, 1.0 if keeps_rest else 0.0
         self._past: deque[tuple[float, np.ndarray, np.ndarray]] = deque(maxlen=PAST_ROUNDS)
 
     def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -66,7 +68,7 @@ class NormBound:
         told = [(norms[c.client_id], c.rank) for c in sent
                 if math.isfinite(norms[c.client_id]) and (norms[c.client_id] > 0 or rate == 0)]  # fmt: skip
         pool, ranks = np.array(told, dtype=np.float64).reshape(-1, 2).T
-        pool = np.concatenate([pool, *(past * (rate / then) for then, past, _ in self._past)])
+        pool = np.concatenate([pool, *(past * max(rate / then, self._least) for then, past, _ in self._past)])
         ranks = np.concatenate([ranks, *(ranks for _, _, ranks in self._past)])
         farthest = rate * self._local_steps  # that Adam moves a number
         return {client.client_id: self._ratio * _typical(pool, ranks, client.rank, farthest, numbers[client.client_id])

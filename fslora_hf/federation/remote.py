@@ -36,6 +36,7 @@ class RoundRules:
         max_norm_ratio: largest norm as a multiple of the median norm of this round's and the last rounds' updates; 0
             for no such bound.
         local_steps: that a client takes in a round.
+        keeps_rest: whether clients send later what they leave out now (`error_feedback`).
     """
 
     deadline_seconds: float
@@ -43,6 +44,7 @@ class RoundRules:
     max_update_norm: float | None = None
     max_norm_ratio: float = 0.0
     local_steps: int = 1
+    keeps_rest: bool = False
 
 
 class RemoteEngine(RoundEngine):
@@ -75,7 +77,7 @@ class RemoteEngine(RoundEngine):
             self._transforms = (*self._transforms, at_most(rules.max_update_norm))
         self.norm_bound: NormBound | None = None
         if rules.max_norm_ratio:
-            self.norm_bound = NormBound(rules.max_norm_ratio, rules.local_steps)
+            self.norm_bound = NormBound(rules.max_norm_ratio, rules.local_steps, rules.keeps_rest)
             self._transforms = (*self._transforms, self._hold_to_others)
         self._bounds: dict[int, float] = {}  # of norms of this round's updates, by client
         self._notices: dict[int, str] = {}  # why the last update of a client was left out
