@@ -152,7 +152,7 @@ def _outline(model: str | PreTrainedModel) -> PreTrainedModel | None:
     if not isinstance(model, str):
         return model
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)  # else it may ask at the terminal
         with torch.device("meta"):
             return getattr(transformers, config.architectures[0])(config)
     except (OSError, ValueError, AttributeError, TypeError):

@@ -193,6 +193,30 @@ def test_a_node_asks_the_model_itself(tmp_path):
     assert answer.kind == "failed" and "in the model's config.json" in answer.header["reason"]
 
 
+def test_a_model_with_an_adapter_of_its_own_is_refused(tmp_path):
+    """transformers would load the adapter, and of a repository of the Hub the base that it names, which nobody saw."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/other"}))
+    (problem,) = allowed.model_refusals(str(tmp_path), "main")
+    assert "without an adapter beside the model's config.json" in problem and "--trust_code" in problem
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "model"])
+def test_nobody_at_the_terminal_is_asked_to_run_code(tmp_path, monkeypatch, part):
+    source, marker, asked = federated.write_model_and_rows(tmp_path), tmp_path / "marker", []
+    monkeypatch.setattr("builtins.input", lambda *texts: asked.append(texts) or "y")
+    (source / "model" / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    name, auto = {
+        "tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}}),
+        "model": ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}),
+    }[part]
+    auto |= {"tokenizer_class": "Own"} if part == "tokenizer" else {}
+    file = source / "model" / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | auto))
+    answer = invite(tmp_path, yaml.safe_load(federated.write_recipe(source, tmp_path, client_ranks=None).read_text()))
+    assert answer.kind == "failed" and not asked and not marker.exists()
+
+
 def test_nodes_are_told_no_secret(caplog):
     values = {"pad_token": "<pad>", "model_revision": "0123456789abcdef0123456789abcdef01234567", "lora_r": 4,
               "model_init_kwargs": {"token": SECRET, "use_cache": False, "use_auth_token": True,

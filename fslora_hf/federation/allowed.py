@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..checks import raise_together
 from ..common.foreign_text import foreign_names, foreign_text, foreign_value
@@ -120,12 +121,15 @@ def refusals(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def model_refusals(model: str, revision: str) -> Iterator[str]:
-    """What a node does not do for the configuration that comes with a model, a sentence each.
+    """What a node does not do for what comes with a model beside its weights, a sentence each.
 
     Raises:
         OSError: there is none.
     """
     configuration, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    if find_adapter_config_file(model, revision=revision) is not None:
+        yield _refusal("an adapter beside the model's config.json", "adapter_config.json",
+                       "the model that it names would be loaded in place of this one")  # fmt: skip
     for name, value in _implementations(configuration):
         if not isinstance(value, str) or "/" in value or value.startswith("flash"):
             yield from _attention(f"{name} in the model's config.json", value)

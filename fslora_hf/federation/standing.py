@@ -47,7 +47,7 @@ class Standing:
         name, revision = model_args.model_name_or_path, model_args.model_revision
         base = digest_base(name, revision)
         # As it was published: a trainer may give one a token to pad with.
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
         return cls(version("fslora_hf"), base, digest_tokenizer(tokenizer), values)
 
     def to_header(self) -> dict[str, Any]:
