@@ -84,6 +84,7 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
+        self.tasks = [self.tasks] if isinstance(self.tasks, str) else self.tasks
         problems = field_problems(self) | range_problems(self)
         if self.dataset is None:
             self.dataset = "miniature" if self.data_dir is None else "commonsense"
@@ -139,7 +140,9 @@ class ModelArguments(ModelConfig):
     use_peft: bool = field(default=True, metadata={"help": "Always true: clients train LoRA adapters."})
 
     def __post_init__(self):
-        problems = field_problems(self) | range_problems(self)
+        # A text here is PEFT's: all-linear, or a pattern of modules' whole paths.
+        text = {"lora_target_modules"} if isinstance(self.lora_target_modules, str) else ()
+        problems = field_problems(self, besides=text) | range_problems(self)
         refused = {
             "use_peft": (True, "clients train LoRA adapters, so remove it"),
             "use_dora": (False, "clients hold plain LoRA pairs, so remove it"),

@@ -114,6 +114,8 @@ def meaningless(args: Any) -> dict[str, str]:
 def wrong_values(args: Any) -> dict[str, str]:
     """Values out of the range of what works."""
     problems = range_problems(args)
+    if args.logging_steps == 0 and getattr(args.logging_strategy, "value", args.logging_strategy) in ("no", "epoch"):
+        problems.pop("logging_steps", None)  # then nothing counts them
     name, block = "per_device_train_clients", args.per_device_train_clients
     if block != AUTO and not is_a(block, int):
         problems[name] = sentence(name, f"a number of clients, or {AUTO}", block, "write one of these")

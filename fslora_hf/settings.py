@@ -103,6 +103,8 @@ def field_problems(settings: Any, besides: Collection[str] = ()) -> dict[str, st
         if kinds and not any(_fits(value, kind) for kind in kinds):
             expected = " or ".join(dict.fromkeys(_expectations(kinds)))
             remedy = f"write {expected}" + (" without quotes" if isinstance(value, str) else "")
+            if isinstance(value, str) and any(typing.get_origin(kind) is list for kind in kinds):
+                remedy = "put it in brackets, with commas between several"
             problems[each.name] = sentence(each.name, expected, value, remedy)
         elif choices and value is not None and value not in choices:
             expected = f"one of {', '.join(choices)}"

@@ -118,6 +118,10 @@ def test_bounds_themselves_work(kind, name):
             "report_to to be a text or a list of texts, found {'a': 1}: write a text or a list of texts.",
         ),
         (
+            {"label_names": "labels"},
+            "label_names to be a list of texts, found 'labels': put it in brackets, with commas between several.",
+        ),
+        (
             {"model_init_kwargs": [1]},
             "model_init_kwargs to be a mapping or a text, found [1]: write a mapping or a text.",
         ),
@@ -139,6 +143,12 @@ def test_what_passed_the_checks_and_failed_later(settings, text):
 def test_optimizer_and_schedule_are_tried(settings, start, end):
     [text] = problems_of(FederatedSketchConfig, **settings)
     assert text.startswith(f"Expected settings that {start}") and text.endswith(end) and len(text) < 400
+
+
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_logs_that_no_step_asks_for_may_come_every_0_steps(strategy):
+    settings = WORKING[FederatedSketchConfig] | {"logging_strategy": strategy}
+    assert FederatedSketchConfig(**settings, logging_steps=0).logging_steps == 0
 
 
 def test_such_problems_are_told_together():

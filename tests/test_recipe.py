@@ -89,6 +89,13 @@ def test_texts_take_the_type_of_their_field(parse):
     assert config.clients_per_round is None and model.lora_target_modules == "all-linear"
 
 
+@pytest.mark.parametrize("text", ["all-linear", r".*layers\.1\..*q_proj"])
+def test_a_text_for_target_modules_is_pefts_own(parse, text):
+    _, _, model = parse(WORKING | {"lora_target_modules": text})
+    assert get_peft_config(model).target_modules == text
+    assert dataclasses.replace(model, lora_r=4).lora_target_modules == text
+
+
 def test_env_sets_variables_first(parse, monkeypatch):
     monkeypatch.setenv("FSLORA_TEST_VARIABLE", "old")
     parse(WORKING | {"env": {"FSLORA_TEST_VARIABLE": 3}})
@@ -283,6 +290,10 @@ def test_problems_of_other_dataclasses_are_told_too(tmp_path):
 def test_data_and_model_settings_that_cannot_work_are_refused(problems_of, settings, text):
     [found] = problems_of({name: value for name, value in (WORKING | settings).items() if value is not None})
     assert found.startswith(f"Expected {text}")
+
+
+def test_one_task_needs_no_brackets(parse):
+    assert parse(WORKING | {"tasks": "boolq"})[0].tasks == ["boolq"]
 
 
 def test_tasks_are_checked_where_they_are_known(parse, problems_of):
