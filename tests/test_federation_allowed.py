@@ -236,3 +236,21 @@ def test_no_token_of_the_server_crosses_the_wire(tmp_path):
     federated.federate(recipe, exchange)
     assert len(exchange.came) > federated.CLIENTS
     assert not [packet for _, packet in exchange.sent if SECRET.encode() in packet.to_bytes()]
+
+
+def test_no_row_of_a_node_crosses_the_wire_in_an_error(tmp_path, caplog):
+    row = {"instruction": "Is it? Answer format: true/false", "output": "MY DIARY", "answer": "true"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = federated.write_recipe(federated.write_model_and_rows(tmp_path), tmp_path, client_ranks=None)
+    answer = invite(tmp_path, yaml.safe_load(recipe.read_text()), data=str(tmp_path / "own.jsonl"))
+    assert answer.header["reason"].startswith("client 0: Expected --data to hold rows that can be used")
+    assert "DIARY" not in answer.header["reason"] and "DIARY" in caplog.text  # which its owner is told
+
+
+def test_no_token_in_a_file_of_a_node_crosses_the_wire(tmp_path):
+    source = federated.write_model_and_rows(tmp_path)
+    (tmp_path / "credentials.csv").write_text(f"user,{SECRET}\na,b\n")
+    settings = {"dataset": str(tmp_path / "credentials.csv"), "partition": "column", "partition_column": "x"}
+    recipe = federated.write_recipe(source, tmp_path, client_ranks=None, **settings)
+    answer = invite(tmp_path, yaml.safe_load(recipe.read_text()))
+    assert "found ['user', '***']" in answer.header["reason"]

@@ -15,6 +15,7 @@ from ..adapter import global_pair
 from ..checkpoint import FEEDBACK_NAME
 from ..checks import raise_together
 from ..common.foreign_text import LONGEST_MESSAGE, LONGEST_NAME, LONGEST_REASON, foreign_text
+from ..common.masking import scrub
 from ..config import FederatedSketchConfig
 from ..data.sources import check_path, load_rows
 from ..folding import FoldedBase
@@ -22,6 +23,7 @@ from ..launch import build_trainer, training_rows
 from ..methods import ClientAdapter
 from ..recipe import RecipeArguments, build_settings
 from ..server import ServerState
+from ..storage.disk_errors import WriteError
 from .allowed import RECIPE_TYPES, model_refusals, obeyed
 from .folds import bring_up
 from .node_feedback import feedback_of
@@ -105,7 +107,7 @@ class Node:
             return Packet({"kind": "noted"})
         except Exception as error:  # the server is told, and the node goes on
             known = isinstance(error, (ValueError, OSError))  # whose text says what there is to know
-            reason = foreign_text(error, LONGEST_MESSAGE)
+            reason = foreign_text(scrub(str(error)), LONGEST_MESSAGE)  # which the server is told
             reason = reason if known else f"{type(error).__name__}: {reason}"
             way = "" if known else "\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip()
             logger.error("A packet of kind %s could not be answered: %s%s", foreign_text(packet.kind, LONGEST_NAME),
@@ -153,7 +155,7 @@ class Node:
     def _rows(self, recipe: RecipeArguments, args: FederatedSketchConfig) -> Dataset:
         column, client = args.client_id_column, self.settings.client_id
         if self.settings.data is not None:
-            rows = load_rows(self.settings.data, "train", rows_per_task=recipe.train_rows_per_task, seed=args.seed)
+            rows = self._own_rows(self.settings.data, recipe.train_rows_per_task, args.seed)
             rows = rows.remove_columns([column]) if column in rows.column_names else rows
             return rows.add_column(column, np.full(len(rows), client))
         rows = training_rows(recipe, args)
@@ -162,6 +164,16 @@ class Node:
             raise_together([f"Expected client {client} among the recipe's, found none of its rows: choose another "
                             "client_id, or give the node data of its own."])  # fmt: skip
         return rows.select(own)
+
+    def _own_rows(self, source: str, per_task: int | None, seed: int) -> Dataset:
+        try:
+            return load_rows(source, "train", rows_per_task=per_task, seed=seed)
+        except WriteError:
+            raise
+        except (ValueError, OSError) as error:  # whose text may quote a row, which is for this node's owner alone
+            logger.error("The rows of this node cannot be used: %s", foreign_text(error, LONGEST_MESSAGE))
+            raise ValueError("Expected --data to hold rows that can be used, found others: the node's log says what "
+                             "is wrong with them; correct it, and start the node anew.") from error  # fmt: skip
 
     def _train(self, packet: Packet) -> Packet:
         header = packet.header
