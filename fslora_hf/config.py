@@ -130,7 +130,7 @@ class FederatedSketchConfig(SFTConfig):
         default=3,
         metadata={
             "help": "End the run with an error after so many rounds in a row that fold no update, or in which most "
-            "clients' losses are not finite or have leapt. 0: never."
+            "clients' losses are not finite or have leapt (of fewer than three clients a round, after more). 0: never."
         },
     )
     eval_rounds: int = field(

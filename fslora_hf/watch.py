@@ -3,7 +3,8 @@
 A round is **empty** if no update of it was folded, and **suspect** if most of its clients' losses or updates are not
 finite or the losses have leapt, or if the global adapter is not finite after it; both are **lost**. Clients begin a
 round with the adapter that the rounds before it came to, so a round that is not suspect proves that adapter, and with
-it the checkpoint of those rounds, to be good.
+it the checkpoint of those rounds, to be good. It also proves of losses that had leapt just before it that their
+clients are hard, and not the adapter spoiled: later losses are held against them, too.
 """
 
 import logging
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 PAST_ROUNDS = 50  # that losses are held against
 FEWEST_ROUNDS = 3  # before which no loss is held against others
+FEWEST_CLIENTS = 3  # a lost round, by which it is taken that losses have leapt: fewer may be hard ones by chance
 _TIMES, _MORE = 2.0, 2.0  # a loss has leapt beyond so many times the median of every past round, and by so many nats
 
 
@@ -49,7 +51,8 @@ class RunWatch:
         past = list(past)
         self.proven, self._most = 0 if past else rounds_done, max_lost_rounds
         self._bounds: deque[float | None] = deque(maxlen=PAST_ROUNDS)  # of losses, by each past round
-        self._lost: list[str] = []  # why, of the last rounds in a row that are
+        self._lost: list[tuple[str, float]] = []  # of the last rounds in a row that are: why, and by how many clients
+        self._leapt: list[float] = []  # bounds by the losses of those that are for a leap alone
         self._finite, self._suspect = True, False
         self._folded_before = 0
         self._folded = self._updates = self._rounds = 0
@@ -61,7 +64,7 @@ class RunWatch:
     @classmethod
     def over(cls, ledger: Path, rounds_done: int, max_lost_rounds: int) -> "RunWatch":
         """One that goes on from what the ledger of a resumed run says."""
-        past = last_records(ledger, max(PAST_ROUNDS, max_lost_rounds)) if rounds_done else ()
+        past = last_records(ledger, max(PAST_ROUNDS, FEWEST_CLIENTS * max_lost_rounds)) if rounds_done else ()
         return cls(past, rounds_done, max_lost_rounds)
 
     def judge(self, record: Mapping[str, Any], adapter: Iterable[torch.Tensor]) -> dict[str, Any]:
@@ -84,7 +87,11 @@ class RunWatch:
     @property
     def run_is_lost(self) -> bool:
         """Whether so many rounds in a row are lost that the run must end."""
-        return bool(self._most) and len(self._lost) >= self._most
+        return 0 < self._most <= len(self._lost) and self._speak_for(self._most)
+
+    def _speak_for(self, rounds: int) -> bool:
+        """Whether enough clients tell of it that the last rounds are lost."""
+        return sum(clients for _, clients in self._lost) >= FEWEST_CLIENTS * rounds
 
     def close(self, output_dir: str | Path, resuming: str) -> None:
         """Tell, at the end of a run, how many updates were folded.
@@ -115,14 +122,14 @@ class RunWatch:
         )
 
     def _what_is_wrong(self) -> str | None:
-        last = foreign_text(self._lost[-1]) if self._lost else ""
+        last = foreign_text(self._lost[-1][0]) if self._lost else ""
         if self.run_is_lost:
             return f"{len(self._lost)} rounds in a row that are lost (the last: {last})"
         if not self._folded and not self._folded_before:
             return f"none of {self._updates} updates folded in {self._rounds} rounds (the last: {last})"
         if not self._finite:
             return "a global adapter that is not finite"
-        if self._suspect and self._most:
+        if self._suspect and self._most and self._speak_for(1):
             return f"a last round that is lost ({last})"
         return None
 
@@ -133,13 +140,19 @@ class RunWatch:
         losses = [loss for loss in record["losses"] if loss is not None]
         bound = max(_TIMES * (median := statistics.median(losses)), median + _MORE) if losses else None
         if suspect is not None:
-            self._lost, bound = [*self._lost, suspect["reason"]], suspect["loss_bound"]
+            leapt = _spoiled(record, None) is None and _spoiled(record, suspect["loss_bound"]) is not None
+            self._leapt += [bound] * leapt
+            self._lost = [*self._lost, (suspect["reason"], len(losses) if leapt else math.inf)]
+            bound = suspect["loss_bound"]
         elif not _folded(record):
-            self._lost = [*self._lost, f"no update was folded: {min(one['reason'] for one in record['refused'])}"]
+            reason = min(one["reason"] for one in record["refused"])
+            self._lost = [*self._lost, (f"no update was folded: {reason}", math.inf)]
         else:
             self._lost = []
         if losses and _spoiled(record, None if suspect is None else bound) is None:
             self.proven = record["round"]
+            self._bounds.extend(self._leapt)
+            self._leapt = []
         self._bounds.append(bound)
 
 

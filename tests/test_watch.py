@@ -261,6 +261,29 @@ def test_cohorts_of_one_whose_clients_differ_do_not_end_a_run():
     assert watch.judge(record(8, [12.1]), SOUND) and not watch.run_is_lost and watch.proven == 7
 
 
+@pytest.mark.parametrize("clients, most_lost", [(1, 0), (2, 0), (3, 6), (5, 6)])
+def test_hard_clients_that_are_met_late_do_not_end_a_run(clients, most_lost):
+    """Of 100 runs in which three of ten clients have losses that look like a leap beside the others'."""
+    lost = 0
+    for seed in range(100):
+        draw, watch = random.Random(seed), RunWatch([], 0, 3)
+        for round in range(100):
+            line = record(round, [draw.choice([3.2] * 3 + [0.5] * 7) for _ in range(clients)])
+            watch.judge(line, SOUND)
+            if watch.run_is_lost:
+                lost += 1
+                break
+    assert lost <= most_lost  # about a third where a leap that passes proves nothing
+
+
+def test_of_a_single_client_a_round_more_must_tell_that_losses_have_leapt():
+    watch = RunWatch([record(i, [0.5]) for i in range(5)], 5, 3)
+    for round in range(5, 14):
+        assert not watch.run_is_lost
+        watch.judge(record(round, [9.0]), SOUND)
+    assert watch.run_is_lost and watch.proven == 4
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_resumed_run_judges_as_one_that_was_not_interrupted(tmp_path, seed):
     draw = random.Random(seed)
