@@ -50,10 +50,10 @@ def other():
     """Starts `train` or `hold` in a process of its own, and returns once it holds the folder."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.warm"])
-    processes, go = [], context.Event()
+    processes = []
 
     def start(target, folder) -> multiprocessing.Process:
-        ready = context.Event()
+        ready, go = context.Event(), context.Event()
         process = context.Process(target=target, args=(str(folder), ready, go))
         process.start()
         processes.append(process)
@@ -62,8 +62,9 @@ def other():
         return process
 
     yield start
-    go.set()
     for process in processes:
+        if process.is_alive():  # else this would wait for one that was killed to wake
+            process.go.set()
         process.join(WAIT)
 
 
