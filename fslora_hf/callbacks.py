@@ -8,7 +8,6 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from .ledger import append_round
 from .plan import ClientPlan
-from .processes import agree
 from .watch import RunWatch
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ class RoundCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.save_requested = False
         self._started, self._first_round = time.monotonic(), self.trainer.locate_step(state.global_step)[0]
-        self.watch = agree(lambda: RunWatch.over(self.trainer.ledger_path, self._first_round, args.max_lost_rounds))
 
     def on_step_begin(self, args, state, control, **kwargs):
         round, wave, local_step = self.trainer.locate_step(state.global_step)
@@ -63,7 +61,7 @@ class RoundCallback(TrainerCallback):
         if state.is_world_process_zero:
             append_round(self.trainer.ledger_path, record)
         self.trainer.rotate_checkpoints()
-        done, last = round + 1, self.trainer.run_ends or self.watch.run_is_lost
+        done, last = round + 1, self.trainer.run_ends
         self._log(record, done)
         self.trainer.check_trained(record)
         control.should_save |= self._due(args.save_rounds, done, last) or self.save_requested

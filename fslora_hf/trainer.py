@@ -82,6 +82,7 @@ from .storage.locks import held
 from .targets import unmatched_targets_told
 from .token_metrics import TokenMetrics
 from .updates import check_finite
+from .watch import RunWatch
 
 logger = logging.getLogger(__name__)
 
@@ -357,11 +358,12 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
 
     @property
     def run_ends(self) -> bool:
-        """Whether the round that is just over is the run's last: all are done, the budget of uploads is used up, or
-        nothing has improved for as long as EarlyStoppingCallback waits."""
+        """Whether the round that is just over is the run's last: all are done, the budget of uploads is used up,
+        nothing has improved for as long as EarlyStoppingCallback waits, or the run is lost."""
         budget = self.args.upload_budget
         spent = budget is not None and self._bytes_up >= budget * 1e6
-        return spent or self.rounds_done == self.args.num_rounds or has_stopped(self)
+        lost = self._round_callback.watch.run_is_lost
+        return spent or lost or self.rounds_done == self.args.num_rounds or has_stopped(self)
 
     @property
     def rounds_left(self) -> int:
@@ -712,5 +714,8 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
         self._best.recall(self)
         if self.args.upload_budget is not None and self.rounds_done:
             self._bytes_up = agree(lambda: sum(record["bytes_up"] for record in read_records(self.ledger_path)))
+        self._round_callback.watch = agree(
+            lambda: RunWatch.over(self.ledger_path, self.rounds_done, self.args.max_lost_rounds)
+        )
         self._publish(resumed=True)
         return self.args.num_rounds if self.run_ends else self.rounds_done, 0

@@ -54,12 +54,10 @@ class RunWatch:
         self._lost: list[tuple[str, float]] = []  # of the last rounds in a row that are: why, and by how many clients
         self._leapt: list[float] = []  # bounds by the losses of those that are for a leap alone
         self._finite, self._suspect = True, False
-        self._folded_before = 0
         self._folded = self._updates = self._rounds = 0
         for record in past:
             self._note(record)
-            self._folded_before += _folded(record)
-        self._first = rounds_done
+        self._past, self._first = past, rounds_done
 
     @classmethod
     def over(cls, ledger: Path, rounds_done: int, max_lost_rounds: int) -> "RunWatch":
@@ -102,14 +100,8 @@ class RunWatch:
         Raises:
             RunLost: the run has learned nothing, or nothing good any more.
         """
-        if not self._rounds:
-            return
-        text = "Rounds %d to %d are over: %d of %d updates were folded into the global adapter."
-        level = logging.INFO if self._folded == self._updates else logging.WARNING
-        if rank() == 0:
-            logger.log(level, text, self._first, self._first + self._rounds - 1, self._folded, self._updates)
-        found = self._what_is_wrong()
-        if found is None:
+        self._tell()
+        if (found := self._what_is_wrong()) is None:
             return
         good = proven_checkpoint(output_dir, self.proven)
         on = (
@@ -121,12 +113,19 @@ class RunWatch:
             "max_lost_rounds says when a run is given up."
         )
 
+    def _tell(self) -> None:
+        if rank() == 0 and self._rounds:
+            text = "Rounds %d to %d are over: %d of %d updates were folded into the global adapter."
+            level = logging.INFO if self._folded == self._updates else logging.WARNING
+            logger.log(level, text, self._first, self._first + self._rounds - 1, self._folded, self._updates)
+
     def _what_is_wrong(self) -> str | None:
         last = foreign_text(self._lost[-1][0]) if self._lost else ""
         if self.run_is_lost:
             return f"{len(self._lost)} rounds in a row that are lost (the last: {last})"
-        if not self._folded and not self._folded_before:
-            return f"none of {self._updates} updates folded in {self._rounds} rounds (the last: {last})"
+        if self._lost and not self._folded and not any(map(_folded, self._past)):
+            updates, rounds = self._updates + sum(len(record["clients"]) for record in self._past), len(self._past)
+            return f"none of {updates} updates folded in {rounds + self._rounds} rounds (the last: {last})"
         if not self._finite:
             return "a global adapter that is not finite"
         if self._suspect and self._most and self._speak_for(1):

@@ -205,6 +205,19 @@ def test_a_run_whose_last_round_is_lost_does_not_end_well(tmp_path, spoil, round
     assert rounds_saved(tmp_path) == [2, rounds]
 
 
+@pytest.mark.parametrize("poisoned, most", [(4, 3), (2, 2)])
+def test_a_lost_run_ends_so_again_however_often_it_is_resumed(tmp_path, poisoned, most):
+    """As one that was killed between its last checkpoint and its end would, and one that is submitted once more."""
+    changes = ARGS | {"max_lost_rounds": most}
+    with pytest.raises(RunLost) as first:
+        build(tmp_path, changes, callbacks=[Poison(poisoned, huge)]).train()
+    rounds = len(ledger(tmp_path))
+    with pytest.raises(RunLost) as second:
+        build(tmp_path, changes).train(resume_from_checkpoint=True)
+    assert str(second.value) == str(first.value) and len(ledger(tmp_path)) == rounds
+    build(tmp_path, changes | {"max_lost_rounds": 0}).train(resume_from_checkpoint=True)  # as its field allows
+
+
 def test_a_run_that_recovers_goes_on_and_proves_later_checkpoints(tmp_path, caplog):
     class Passing(Poison):
         def aggregate(self):
