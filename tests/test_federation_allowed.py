@@ -229,6 +229,11 @@ def test_nodes_are_told_no_secret(caplog):
     assert "model_init_kwargs.token" in caplog.text
 
 
+def test_no_secret_in_a_text_of_a_mapping_is_told():
+    text = '{"token": "no-known-prefix", "use_cache": false}'
+    assert allowed.told_to_nodes({"model_init_kwargs": text}) == {"model_init_kwargs": {"use_cache": False}}
+
+
 def test_no_token_of_the_server_crosses_the_wire(tmp_path):
     settings = {"num_rounds": 1, "hub_token": SECRET, "model_init_kwargs": {"token": SECRET}}
     recipe = federated.write_recipe(federated.write_model_and_rows(tmp_path), tmp_path, **settings)

@@ -87,7 +87,7 @@ _ATTENTION = {"eager": None, "sdpa": None, "flex_attention": None, "flash_attent
 
 def told_to_nodes(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a recipe's settings what nodes are told: none that they would not read, and no secret."""
-    told = {name: value for name, value in values.items() if name not in IGNORED}
+    told = {name: _opened(value) for name, value in values.items() if name not in IGNORED}
     secrets = sorted({*find_secrets(told)})
     if secrets:
         logger.warning("Nodes are not told %s: it looks like a secret, of which each node has its own.",
@@ -238,6 +238,15 @@ _CHECKS = {
     "activation_checkpointing_kwargs": _CHECKPOINTING,
     "gradient_checkpointing_kwargs": _CHECKPOINTING,
 }
+
+
+def _opened(value: Any) -> Any:
+    """A mapping in place of a text of one, as on a command line, whose keys tell of secrets; all else as it is."""
+    try:
+        found = _mapping(value) if isinstance(value, str) else {}
+    except (ValueError, RecursionError):
+        return value
+    return found if any(find_secrets(found)) else value
 
 
 def _without_secrets(value: Any) -> Any:
