@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from fslora_hf.config import FederatedSketchConfig
+from fslora_hf.federation.packet import Packet
 from fslora_hf.federation.roster import FederationError
 from fslora_hf.methods import METHODS, ClientAdapter, ClientUpdate
 from fslora_hf.movement import Movement, NeverTrained
@@ -162,6 +164,26 @@ def test_a_federations_server_sees_it_in_the_updates(tmp_path, source):
     with pytest.raises(NeverTrained, match=rf"after round 0 no client has moved {QUERIES} \(B\)"):
         federated.federate(recipe, exchange)
     assert len(ledger(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize(("rounds", "seen"), [(3, 2), (1, 1)])
+def test_rounds_of_one_client_are_looked_at_together(tmp_path, source, rounds, seen):
+    recipe = federated.write_recipe(source, tmp_path, clients_per_round=1, num_rounds=rounds, seed=2)
+    with pytest.raises(NeverTrained, match=rf"no client has moved {QUERIES} \(B\)"):
+        federated.federate(recipe, federated.LocalExchange(federated.make_nodes(tmp_path)))
+    assert len(ledger(tmp_path / "run")) == seen
+
+
+def test_one_node_that_sends_zeros_does_not_end_a_run_of_several(tmp_path):
+    def sends_zeros(packet):
+        answer = nodes[100](packet)
+        return Packet(answer.header, {name: np.zeros_like(tensor) for name, tensor in answer.tensors.items()})
+
+    recipe = federated.write_recipe(federated.write_model_and_rows(tmp_path), tmp_path, clients_per_round=1, seed=1)
+    nodes = federated.make_nodes(tmp_path)
+    federated.federate(recipe, federated.LocalExchange(nodes | {100: sends_zeros}))
+    records = ledger(tmp_path / "run")
+    assert len(records) == 3 and records[0]["clients"] == [0] and records[0]["update_norms"] == [0.0]
 
 
 def test_of_updates_that_are_sent_in_part_the_nodes_tell(tmp_path, source):

@@ -33,6 +33,7 @@ class FederationTrainer(FederatedSketchTrainer):
 
     def __init__(self, exchange: Exchange, roster: Roster, rules: RoundRules, **kwargs):
         self._roster = roster
+        self._witnesses: set[int] = set()  # clients whose updates are looked at for layers that rest
         self._engine_class = partial(RemoteEngine, exchange=exchange, roster=roster, rules=rules)
         args, held_out = kwargs["args"], kwargs.get("eval_dataset")
         if args.completion_only_loss is None and held_out is not None:
@@ -52,8 +53,14 @@ class FederationTrainer(FederatedSketchTrainer):
         return False  # the nodes do
 
     def check_trained(self, record):
-        if self.args.upload_top_k is None:  # else a layer's part may have been left out, and its node looks
+        if self.args.upload_top_k is not None:  # a layer's part may have been left out, and its node looks
+            return
+        self._witnesses |= {*record["clients"]} - {one["client_id"] for one in record["refused"]}
+        # One node that sends zeros does not end the run of several: rounds of one client are looked at together.
+        enough = len(self._witnesses) >= min(2, len(self._roster.members))
+        if enough or record["learning_rate"] == 0 or self.run_ends:
             super().check_trained(record)
+            self._witnesses.clear()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
