@@ -157,6 +157,14 @@ def test_a_holder_holds_again_and_a_forked_process_does_not(tmp_path):
             assert locks.lock_file(file.fileno()) is False
 
 
+def test_a_folder_is_given_back_wherever_the_process_works_by_then(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with held("run"):
+        (tmp_path / "run" / "kept").touch()
+        monkeypatch.chdir("/")
+    assert not (tmp_path / "run" / LOCK_NAME).exists() and not locks._HELD
+
+
 def test_a_worker_that_outlives_its_process_holds_nothing(tmp_path):
     """Else a killed run whose data loader's worker hangs could not be resumed."""
     read, write = os.pipe()

@@ -79,11 +79,11 @@ def held(folder: str | Path) -> Iterator[None]:
         FolderInUse: another launch is at work there; nothing in the folder was changed.
         WriteError: there can be no such folder, or nothing can be written to it.
     """
-    agree(lambda: _take(Path(folder)))
+    taken = agree(lambda: _take(Path(folder)))
     try:
         yield
     finally:
-        _give_back(Path(folder))  # nothing, in other processes than the first
+        _give_back(taken)  # nothing, in other processes than the first
 
 
 @dataclass
@@ -131,16 +131,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _take(folder: Path) -> None:
+def _take(folder: Path) -> Path:
+    """Take a folder, once more if it is held; returns where it lies, wherever the process works later."""
     made: list[Path] = []
     try:
         folder = folder.resolve()
         if folder in _HELD:
             _HELD[folder].times += 1
-            return
+            return folder
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         _HELD[folder] = _Lock(folder / LOCK_NAME, _acquire(folder), made)
+        return folder
     except FolderInUse:
         raise
     except (OSError, ValueError) as error:  # the latter for names that no file can have
@@ -154,7 +156,6 @@ def _take(folder: Path) -> None:
 
 
 def _give_back(folder: Path) -> None:
-    folder = folder.resolve()
     lock = _HELD.get(folder)
     if lock is not None:
         lock.times -= 1
