@@ -36,6 +36,7 @@ class Movement:
 
     def __init__(self, modules: Iterable[str], trains: Sequence[str], local_steps: int, full_rate: float):
         self._pending: set[Side] = {(module, side) for module in modules for side in trains}
+        self._seen: set[str] = set()  # modules of which a side has moved
         self._local_steps, self._full_rate = local_steps, full_rate
         self._forget()
 
@@ -85,6 +86,10 @@ class Movement:
         found = gather((self._moved, self._rested, self._rested_wholly))
         moved, rested, wholly = (set().union(*parts) for parts in zip(*found, strict=True))
         self._pending -= moved
+        self._seen |= {module for module, _ in moved}
+        wholly = {
+            (module, side) for module, side in wholly if module not in self._seen
+        }  # where one moves, it is rounding
         self._forget()
         rested = rested | wholly if rate >= self._full_rate / 2 else rested
         if rate > 0 and rested & self._pending:

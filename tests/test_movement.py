@@ -240,6 +240,14 @@ def test_who_could_have_moved(case):
     assert f"no client has moved {found}: leave" in str(error.value)
 
 
+def test_a_side_may_rest_with_the_other_one_once_that_has_moved():
+    """Rounding at a low rate, which leaves now one side and now both as they are."""
+    movement = Movement(["m"], "AB", 1, 1.0)
+    for round, given in enumerate([update(ONE, NONE, ONE, [1e-9, 0.0]), update(ONE, NONE, ONE, NONE)]):
+        movement.note(given)
+        movement.settle(round, 1.0, lambda value: [value])
+
+
 def test_processes_settle_on_what_any_of_them_saw():
     """One process's client moved what another's did not, and a third has none; later rounds look no more."""
     parts = [Movement(["m"], "AB", 2, 1.0) for _ in range(3)]
