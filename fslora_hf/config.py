@@ -1,5 +1,6 @@
 """The configuration of a federated run: TRL's `SFTConfig`, and what a federation adds to it."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from trl import SFTConfig
@@ -227,6 +228,8 @@ class FederatedSketchConfig(SFTConfig):
         block = self.per_device_train_clients
         if isinstance(block, str) and block.isdecimal():  # a number on the command line
             self.per_device_train_clients = int(block)
+        if self.max_grad_norm == math.inf:  # no clipping, in a form that JSON has
+            self.max_grad_norm = 0.0
         for name in ("adam_beta1", "adam_beta2"):  # 0 in a file: torch takes no integer
             beta = getattr(self, name)
             setattr(self, name, float(beta) if is_a(beta, int) and beta == 0 else beta)

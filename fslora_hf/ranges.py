@@ -37,8 +37,8 @@ RANGES: Mapping[str, Range] = {
     **_each("local_steps per_device_train_batch_size per_device_eval_batch_size", 1, 10**6),
     **_each("gradient_accumulation_steps eval_accumulation_steps eval_max_new_tokens", 1, 10**6),
     **_each("torch_empty_cache_steps ddp_bucket_cap_mb pad_to_multiple_of", 1, 10**6),
-    **_each("eval_num_beams dataloader_prefetch_factor dataset_num_proc", 1, 1024),
-    **_each("dataloader_num_workers", 0, 1024),
+    **_each("eval_num_beams dataloader_prefetch_factor", 1, 1024),
+    **_each("dataloader_num_workers dataset_num_proc", 0, 1024),
     **_each("min_rank max_rank lora_r lora_alpha", 1, 2**16),
     **_each("max_length", 2, 2**31 - 1),  # the shift takes the first token from the loss
     **_each("save_rounds eval_rounds push_rounds max_lost_rounds warmup_steps", 0, 10**9),

@@ -66,6 +66,8 @@ def test_every_number_has_a_least_and_a_greatest_value(kind, name):
     for value in (math.nan, math.inf, -math.inf, -1, -(10**400), 10**400, 1e300, True, "x", [1], {"a": 1}):
         if name == "pad_to_multiple_of" and value == "x":
             continue  # transformers' own sentence
+        if name == "max_grad_norm" and value == math.inf:
+            continue  # no clipping
         [text] = problems_of(kind, **besides, **{name: value})
         assert text.startswith(f"Expected {name} to be ") and len(text) < 400
         assert ("found" in text) and re.search(r": (raise it|lower it|write [\w ,]+|give [\w ]+)\.$", text), text
@@ -149,6 +151,11 @@ def test_optimizer_and_schedule_are_tried(settings, start, end):
 def test_logs_that_no_step_asks_for_may_come_every_0_steps(strategy):
     settings = WORKING[FederatedSketchConfig] | {"logging_strategy": strategy}
     assert FederatedSketchConfig(**settings, logging_steps=0).logging_steps == 0
+
+
+def test_other_words_for_not_at_all():
+    config = FederatedSketchConfig(**WORKING[FederatedSketchConfig], max_grad_norm=math.inf, dataset_num_proc=0)
+    assert (config.max_grad_norm, config.dataset_num_proc) == (0.0, 0)
 
 
 def test_such_problems_are_told_together():
