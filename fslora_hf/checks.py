@@ -44,7 +44,7 @@ def check_trainer_arguments(
     yield from _check_dataset(args, train_dataset)
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in held_out.items():
-        if dataset is not None:
+        if dataset is not None or isinstance(eval_dataset, dict):
             yield from _check_rows(name, dataset)
             if isinstance(dataset, Dataset):
                 yield from _check_options(args.eval_protocol, name, dataset)
@@ -76,7 +76,20 @@ def check_columns(
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, rows in {"train_dataset": dataset, **held_out}.items():
         if isinstance(rows, Dataset) and formatting_func is None and not skipped:
+            yield from _check_prompts(name, rows)
             yield from text_problems(name, rows, _columns_read(args, {*rows.column_names}))
+
+
+def _check_prompts(name: str, rows: Dataset) -> Iterator[str]:
+    """Problems of rows that are still to be prepared, and that SFTTrainer would take for something else, or miss."""
+    names = set(rows.column_names)
+    if "input_ids" in names:
+        return
+    if "prompt" in names and "completion" not in names:
+        remedy = "rename it to have another column trained on, or add the completions"
+        yield f"Expected {name} to have a column completion beside prompt, found none: {remedy}."
+    elif not len(rows):
+        yield f"Expected {name} to have rows, found none: pass some, or leave it out."
 
 
 def _columns_read(args: FederatedSketchConfig, names: set[str]) -> list[str]:

@@ -246,6 +246,25 @@ def test_held_out_rows_without_a_text():
     assert f"{TEXT} prompt of eval_dataset, found nothing in row 0" in refused([PAIR], [PAIR | {"prompt": None}, PAIR])
 
 
+def test_prompts_without_completions():
+    text = "Expected train_dataset to have a column completion beside prompt, found none: rename it to have another"
+    assert text in refused([{"prompt": "a", "text": "b"}]) and text in refused(
+        [{"prompt": "a"}], dataset_text_field="prompt"
+    )
+
+
+def test_held_out_rows_that_are_none(tmp_path):
+    def told(held_out):
+        args = FederatedSketchConfig(output_dir=str(tmp_path / "run"), use_cpu=True, bf16=False, eval_rounds=1)
+        train = Dataset.from_list([PAIR | {"client_id": 0}])
+        with pytest.raises(ValueError, match="^The run cannot start:") as caught:
+            FederatedSketchTrainer("no/model", args, None, train, held_out, peft_config=tiny.lora_config(2))
+        return str(caught.value)
+
+    assert "Expected eval_dataset to have rows, found none: pass some" in told(Dataset.from_list([PAIR]).select([]))
+    assert "Expected mine to be a datasets.Dataset, found none: pass one." in told({"mine": None})
+
+
 def test_a_null_in_a_row_that_is_not_chosen_does_not_matter():
     rows = Dataset.from_list([PAIR, PAIR | {"prompt": None}, {"prompt": "x", "completion": None}])
     assert [*text_problems("rows", rows.select([0]), ["prompt", "completion"])] == []
