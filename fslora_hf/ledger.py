@@ -44,13 +44,15 @@ def last_records(path: str | Path, count: int) -> list[dict[str, Any]]:
     if not Path(path).is_file():
         return []
     with open(path, "rb") as file:
-        left, tail = file.seek(0, os.SEEK_END), b""
-        while left and tail.count(b"\n") <= count:
+        left, ends = file.seek(0, os.SEEK_END), 0
+        blocks: list[bytes] = []
+        while left and ends <= count:
             step = min(left, _TAIL)
             left -= step
             file.seek(left)
-            tail = file.read(step) + tail
-    lines = tail.decode("utf-8", errors="replace").split("\n")
+            blocks.append(file.read(step))
+            ends += blocks[-1].count(b"\n")
+    lines = b"".join(reversed(blocks)).decode("utf-8", errors="replace").split("\n")
     records = [_parse(line) for line in lines[1 if left else 0 :]]
     return [record for record in records if isinstance(record, dict)][-count:]
 

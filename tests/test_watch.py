@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import sys
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fslora_hf.callbacks import RoundCallback
 from fslora_hf.checkpoint import last_checkpoint, proven_checkpoint, read_state, rotate, whole_folder
 from fslora_hf.federation.trainer import FederationTrainer
 from fslora_hf.launch import finish
-from fslora_hf.ledger import append_round, read_records
+from fslora_hf.ledger import append_round, last_records, read_records
 from fslora_hf.trainer import FederatedSketchTrainer
 from fslora_hf.updates import NOT_FINITE, RefusedUpdate
 from fslora_hf.watch import PAST_ROUNDS, RunLost, RunWatch
@@ -314,6 +315,15 @@ def test_a_resumed_run_judges_as_one_that_was_not_interrupted(tmp_path, seed):
             assert (resumed.run_is_lost, resumed.proven) == (live.run_is_lost, live.proven)
         append_round(path, line | mark)
     assert len(read_records(path)) == 2 * PAST_ROUNDS + 20
+
+
+def test_the_end_of_a_ledger_takes_the_time_of_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("fslora_hf.ledger._TAIL", 16)
+    path, line = tmp_path / "rounds.jsonl", {"losses": [1.0] * 2000}
+    path.write_text("".join(json.dumps(line | {"round": round}) + "\n" for round in range(60)))
+    began = time.process_time()
+    assert [record["round"] for record in last_records(path, 50)] == list(range(10, 60))
+    assert time.process_time() - began < 1.5  # more, if what was read is copied for each block
 
 
 # ---- Scripts and federations ----
