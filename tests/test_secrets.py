@@ -225,3 +225,8 @@ def test_a_slip_on_the_command_line_of_a_push(capsys, script, slip):
         module.parse(["runs/one", *(["--repo_id", "a/b"] if script == "push_results" else []), "--y", *slip])
     printed = capsys.readouterr().err
     assert "unrecognized" in printed and TOKEN not in printed and WORDS not in printed
+
+
+def test_a_list_that_never_ends_is_masked_at_once():
+    assert scrub_quoted("token:[" * 20_000) == "token:***"
+    assert scrub_quoted("token: [a, b] and more") == "token: *** and more"
