@@ -94,6 +94,8 @@ def check_adapter(model: Any, lora: PeftConfig | None) -> Iterator[str]:
 def _check_lora(lora: LoraConfig) -> Iterator[str]:
     if lora.r < 1:
         yield f"Expected a global rank r of at least 1, found {lora.r}: raise it."
+    if not lora.lora_alpha > 0:
+        yield f"Expected a lora_alpha above 0, as the adapter is scaled by it, found {lora.lora_alpha}: raise it."
     if lora.bias != "none":
         yield f"Expected bias='none', found {lora.bias!r}: biases of different clients cannot share a base model."
     if lora.init_lora_weights not in (True, False, "gaussian", "orthogonal"):

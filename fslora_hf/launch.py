@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PretrainedConfig, TrainerCallback
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
+from .common.foreign_text import foreign_text
+from .common.masking import scrub
 from .config import FederatedSketchConfig
 from .data.sources import load_rows
 from .movement import NeverTrained
@@ -19,6 +22,7 @@ from .processes import rank
 from .recipe import ModelArguments, RecipeArguments
 from .report import ledger_table, plot_ledger, read_ledger, totals
 from .run import OccupiedError, refuse_occupied
+from .settings import SettingsError
 from .storage.disk_errors import WriteError
 from .storage.locks import FolderInUse, held
 from .trainer import FederatedSketchTrainer
@@ -86,6 +90,7 @@ def _build(
     evaluates: bool,
 ) -> Trained:
     train = training_rows(recipe, args) if rows is None else rows
+    check_model(model_args, args)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -103,6 +108,29 @@ def _build(
     )
     trainer.card_facts = _card_facts(recipe, len(train))
     return trainer
+
+
+def check_model(model_args: ModelArguments, args: FederatedSketchConfig) -> None:
+    """See that there is a base model, before the trainer is built.
+
+    Raises:
+        SettingsError: there is none at the path or of the name that is given.
+    """
+    name, options = model_args.model_name_or_path, args.model_init_kwargs or {}
+    source = {key: options[key] for key in ("token", "subfolder", "cache_dir") if key in options}
+    source["revision"] = model_args.model_revision
+    if "gguf_file" in options:  # beside which no configuration need lie
+        return
+    try:
+        PretrainedConfig.get_config_dict(name, **source)
+    except OSError as error:
+        if find_adapter_config_file(name, **source) is None:  # which names its base
+            raise SettingsError(
+                [
+                    "Expected model_name_or_path to be a folder with a model or the name of one on the Hub, found "
+                    f"{foreign_text(name)!r} ({foreign_text(scrub(str(error)))}): correct it, or log in if it asks."
+                ]
+            ) from None
 
 
 def _card_facts(recipe: RecipeArguments, rows: int) -> dict[str, Any]:

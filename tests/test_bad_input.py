@@ -204,6 +204,7 @@ LORAS = {
         r"target_modules of linear layers, found target_parameters=\['experts.down_proj'\], .*without expert",
     ),
     "rank 0": (lora(), "a global rank r of at least 1, found 0: raise it"),
+    "alpha 0": (lora(lora_alpha=0), "a lora_alpha above 0, as the adapter is scaled by it, found 0: raise it"),
     "bias": (lora(bias="all"), "bias='none', found 'all': "),
     "rank_pattern": (lora(rank_pattern={"q_proj": 2}), "plain LoRA, found rank_pattern={'q_proj': 2} .*leave it out"),
     "modules_to_save": (lora(modules_to_save=["lm_head"]), r"plain LoRA, found modules_to_save=\['lm_head'\]"),

@@ -288,6 +288,14 @@ def test_a_script_ends_with_the_sentence_alone(tmp_path):
         raise ValueError("Expected something else, unforeseen")
 
 
+def test_a_model_that_is_nowhere_is_told_in_a_line(tmp_path):
+    args = FederatedSketchConfig(output_dir=str(tmp_path / "run"), use_cpu=True, bf16=False)
+    told = "found 'models/mispelt' .*: correct it, or log in if it asks"
+    with pytest.raises(SystemExit, match=told) as caught, claimed(args.output_dir):
+        build_trainer(RecipeArguments(num_clients=2), args, ModelArguments(model_name_or_path="models/mispelt"))
+    assert len(str(caught.value).splitlines()) == 2 and not (tmp_path / "run").exists()
+
+
 # ---- The Hub ----
 
 
