@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .common.foreign_text import foreign_text, foreign_value
-from .ledger import LEDGER_NAME, mark
+from .ledger import LEDGER_NAME, Marker
 from .storage.disk_errors import RESUME, told
 from .storage.files import sync_path, sync_tree
 from .storage.state_file import (
@@ -38,8 +38,10 @@ _MOST_TOLD = 30  # differences between two runs
 
 
 @contextmanager
-def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[Path]:
+def whole_folder(target: Path, round: int, run: Mapping[str, Any], ledger: Marker | None = None) -> Iterator[Path]:
     """Yield a folder to write a checkpoint into; on leaving, it gets its state file and becomes `target`.
+
+    The state file marks the ledger beside `target`, by a `ledger` that has marked it before if one is given.
 
     An error inside leaves `target` and every other checkpoint as they were. A folder already at `target` is replaced
     if it holds the same round of the same run, and otherwise moved aside.
@@ -51,7 +53,7 @@ def whole_folder(target: Path, round: int, run: Mapping[str, Any]) -> Iterator[P
         with told(f"the checkpoint {target}", f"{RESUME}; earlier checkpoints are whole"):
             partial.mkdir(parents=True)
             yield partial
-            write_state(partial, round, run, ledger=mark(target.parent / LEDGER_NAME))
+            write_state(partial, round, run, ledger=(ledger or Marker(target.parent / LEDGER_NAME)).mark())
             sync_tree(partial)
             replaced = _clear_target(target, round, run)
             os.replace(partial, target)

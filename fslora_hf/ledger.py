@@ -81,18 +81,30 @@ def append_round(path: str | Path, record: dict[str, Any]) -> None:
     append_line(path, json.dumps(record, allow_nan=False), RESUME)
 
 
+class Marker:
+    """Marks a ledger that only grows, and for each mark reads only what was added since the last: the ten-thousandth
+    checkpoint is as cheap as the first."""
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        self._rounds, self._size, self._digest = 0, 0, hashlib.sha256()
+
+    def mark(self) -> dict[str, Any] | None:
+        """How many rounds and bytes the ledger has, and their SHA-256: what tells later that it is as it was. None
+        without one."""
+        if not self._path.is_file():
+            return None
+        with open(self._path, "rb") as file:
+            file.seek(self._size)
+            while block := file.read(_BLOCK):
+                self._rounds, self._size = self._rounds + block.count(b"\n"), self._size + len(block)
+                self._digest.update(block)
+        return {"rounds": self._rounds, "bytes": self._size, "sha256": self._digest.hexdigest()}
+
+
 def mark(path: str | Path) -> dict[str, Any] | None:
-    """How many rounds and bytes a ledger has, and their SHA-256: what tells later that it is as it was. None without
-    one."""
-    path = Path(path)
-    if not path.is_file():
-        return None
-    rounds, size, digest = 0, 0, hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            rounds, size = rounds + block.count(b"\n"), size + len(block)
-            digest.update(block)
-    return {"rounds": rounds, "bytes": size, "sha256": digest.hexdigest()}
+    """The mark of a ledger as it is now; see `Marker`."""
+    return Marker(path).mark()
 
 
 @dataclass(frozen=True)

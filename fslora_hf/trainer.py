@@ -60,7 +60,7 @@ from .head import add_scored_head
 from .hub.publisher import RoundPublisher, find_target
 from .joining import StepCost, keeps_rows_apart
 from .layout import Layout
-from .ledger import LEDGER_NAME, read_records
+from .ledger import LEDGER_NAME, Marker, read_records
 from .loader import RoundBatches, RoundLoader
 from .local_steps import LocalSteps
 from .methods import beside, method_class
@@ -399,6 +399,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
         base = FoldedBase.of(self.model) if method.folds else None
         self._feedback = self._open_feedback() if self.keeps_feedback else None
         self._movement = Movement(A, method.trains, args.local_steps, args.learning_rate)
+        self._marker = Marker(self.ledger_path)
         self._engine = self._engine_class(
             plan=self._plan,
             layout=self.layout,
@@ -641,7 +642,7 @@ class FederatedSketchTrainer(KeepsBestRound, SFTTrainer):
             self.create_model_card(model_name=Path(self.args.output_dir).name)
         self._publish()  # before the checkpoint: a run that is killed in between does the round again, and pushes it
         if self.args.should_save:
-            with whole_folder(target, self.rounds_done, run.identity(self)) as folder:
+            with whole_folder(target, self.rounds_done, run.identity(self), self._marker) as folder:
                 self._save(str(folder))
                 self._engine.server.save(folder / SERVER_NAME)
                 self._save_state(folder)

@@ -21,7 +21,7 @@ from fslora_hf.checkpoint import (
     rotate,
     whole_folder,
 )
-from fslora_hf.ledger import append_round, find_rounds, keep_rounds, mark, read_records
+from fslora_hf.ledger import Marker, append_round, find_rounds, keep_rounds, mark, read_records
 
 RUN = {"seed": 1, "ranks": (1, 2)}  # as JSON gives it back, a tuple is a list
 
@@ -260,6 +260,21 @@ def test_a_ledger_that_begins_as_it_was_seen_is_cut_without_parsing_it(tmp_path,
     kept = find_rounds(path, rounds, seen)
     kept.write(tmp_path / "new.jsonl"), kept.write(path)
     assert kept.rounds == rounds and path.read_bytes() == whole == (tmp_path / "new.jsonl").read_bytes()
+
+
+def test_a_ledger_that_grows_is_marked_without_being_read_again(tmp_path):
+    """Else checkpoints of a long run would cost more and more."""
+    path = make_ledger(tmp_path / "rounds.jsonl", 3)
+    marker = Marker(path)
+    assert marker.mark() == mark(path)
+    append_round(path, {"round": 3, "loss": 1.0})
+    expected, content = mark(path), bytearray(path.read_bytes())
+    assert marker.mark() == expected and expected["rounds"] == 4
+    content[0] ^= 1
+    path.write_bytes(content)
+    assert marker.mark() == expected != mark(path)
+    path.unlink()
+    assert marker.mark() is None
 
 
 def test_one_changed_byte_of_a_ledger_is_seen(tmp_path):
