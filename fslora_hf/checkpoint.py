@@ -86,7 +86,10 @@ def read_state(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
                 "file was damaged or changed; restore it or resume from another checkpoint."
             )
     if state["format"] == 1:
-        text = "%s is of an earlier format, without a checksum of itself: only what is beside it speaks for its round."
+        text = (
+            "%s is of an earlier format, without a checksum of itself: only what is beside it speaks for its round. "
+            "With lora_dropout, other numbers are drawn from here on than that version would have drawn."
+        )
         logger.warning(text, path)
     return state
 
