@@ -4,18 +4,21 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .moved import find_moved
+
 if TYPE_CHECKING:
-    from .callbacks import RoundCallback
-    from .config import FederatedSketchConfig
-    from .trainer import FederatedSketchTrainer
+    from .config.federation import FederatedSketchConfig
+    from .trainers.callbacks import RoundCallback
+    from .trainers.sft import FederatedSketchTrainer
 
 _HOMES = {
-    "FederatedSketchConfig": ".config",
-    "FederatedSketchTrainer": ".trainer",
-    "RoundCallback": ".callbacks",
+    "FederatedSketchConfig": ".config.federation",
+    "FederatedSketchTrainer": ".trainers.sft",
+    "RoundCallback": ".trainers.callbacks",
 }
 __all__ = ["FederatedSketchConfig", "FederatedSketchTrainer", "RoundCallback"]
 
+find_moved()
 
 # On some CPUs bitsandbytes asks for a package with a kernel for inference when it is imported; quantized.py has it use
 # none, so that scores are those of any other machine.
@@ -23,7 +26,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gem
 
 
 def __getattr__(name: str):
-    """Load a public name when it is first asked for, so that `fslora_hf.sketch` or the data do not wait for TRL."""
+    """Load a public name when it is first asked for, so that sketches or the data do not wait for TRL."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)

@@ -14,19 +14,19 @@ from trl import get_peft_config, get_quantization_config
 
 from .common.foreign_text import foreign_text
 from .common.masking import scrub
-from .config import FederatedSketchConfig
+from .common.processes import rank
+from .common.settings import SettingsError
+from .config.federation import FederatedSketchConfig
+from .config.recipe import ModelArguments, RecipeArguments
+from .data.partition import partition
 from .data.sources import load_rows
-from .movement import NeverTrained
-from .partition import partition
-from .processes import rank
-from .recipe import ModelArguments, RecipeArguments
-from .report import ledger_table, plot_ledger, read_ledger, totals
-from .run import OccupiedError, refuse_occupied
-from .settings import SettingsError
+from .reports.ledger import ledger_table, plot_ledger, read_ledger, totals
+from .rounds.watch import RunLost
 from .storage.disk_errors import WriteError
 from .storage.locks import FolderInUse, held
-from .trainer import FederatedSketchTrainer
-from .watch import RunLost
+from .trainers.resume import OccupiedError, refuse_occupied
+from .trainers.sft import FederatedSketchTrainer
+from .updates.movement import NeverTrained
 
 Trained = TypeVar("Trained", bound=FederatedSketchTrainer)
 _OUR_WORDS = ("Expected ", "The run cannot start:")

@@ -10,15 +10,15 @@ instead of scoring options; `--help` lists all settings. Started again after a k
 import sys
 
 from fslora_hf import FederatedSketchConfig
-from fslora_hf.evaluation.report import plot_accuracy, results_table, round_number
+from fslora_hf.common.processes import leave, rank
+from fslora_hf.common.settings import SettingsError
+from fslora_hf.config.recipe import ModelArguments, RecipeArguments, parse_recipe
+from fslora_hf.evaluation.scoring import evaluate
+from fslora_hf.evaluation.subjects import EvaluationArguments
 from fslora_hf.launch import held_out_rows
-from fslora_hf.processes import leave, rank
-from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
-from fslora_hf.scoring import evaluate
-from fslora_hf.settings import SettingsError
+from fslora_hf.reports.accuracy import plot_accuracy, results_table, round_number
 from fslora_hf.storage.disk_errors import WriteError
 from fslora_hf.storage.files import write_text
-from fslora_hf.subjects import EvaluationArguments
 
 
 def main() -> None:

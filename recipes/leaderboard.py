@@ -12,11 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from fslora_hf.evaluation.entries import METRICS
-from fslora_hf.evaluation.leaderboard import Leaderboard, rank
-from fslora_hf.evaluation.page import to_html
-from fslora_hf.evaluation.tables import CSV_START, MARK, to_csv, to_markdown, to_text
 from fslora_hf.hub.results import read_all
+from fslora_hf.reports.entries import METRICS
+from fslora_hf.reports.leaderboard import Leaderboard, rank
+from fslora_hf.reports.leaderboard_page import to_html
+from fslora_hf.reports.leaderboard_tables import CSV_START, MARK, to_csv, to_markdown, to_text
 from fslora_hf.storage.files import make_folder, write_text
 
 # How each file is made, and what it holds early on by which we know it for ours.

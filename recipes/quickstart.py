@@ -13,12 +13,12 @@ from pathlib import Path
 from datasets import disable_progress_bars
 
 from fslora_hf import FederatedSketchConfig
+from fslora_hf.common.processes import agree
+from fslora_hf.common.settings import SettingsError
+from fslora_hf.config.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.evaluation import Losses, Scores, held_out_loss, score_rows
 from fslora_hf.launch import build_trainer, claimed, finish, held_out_rows
-from fslora_hf.processes import agree
-from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
-from fslora_hf.report import read_ledger, totals
-from fslora_hf.settings import SettingsError
+from fslora_hf.reports.ledger import read_ledger, totals
 from fslora_hf.storage.files import write_text
 from fslora_hf.storage.folders import unused_folder
 

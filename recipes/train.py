@@ -10,10 +10,10 @@ Every setting of the YAML file can be given on the command line, too, where it t
 import sys
 
 from fslora_hf import FederatedSketchConfig
+from fslora_hf.common.processes import leave
+from fslora_hf.common.settings import SettingsError
+from fslora_hf.config.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.launch import build_trainer, claimed, finish, missing_rounds
-from fslora_hf.processes import leave
-from fslora_hf.recipe import ModelArguments, RecipeArguments, parse_recipe
-from fslora_hf.settings import SettingsError
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import pytest  # noqa: E402  (the environment comes first)
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("tests.worker_train")
+pytest.register_assert_rewrite("tests.support.worker_train")
 
 
 @pytest.fixture(scope="session")

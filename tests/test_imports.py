@@ -9,24 +9,23 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fslora_hf"
 ROWS = [
-    {"common", "processes"},
-    {"draws", "settings", "host_memory", "quantized", "storage"},
-    {"ledger"},
-    {"clients", "sketch", "variables", "ranges", "data", "checkpoint", "rows", "schedule", "report"},
-    {"partition", "plan", "methods", "evaluation", "feedback"},
-    {"refusals", "movement"},
-    {"config", "updates", "adapter", "server", "head", "layout", "compression", "joining", "token_metrics"},
-    {"loader", "engine", "block_size", "targets", "local_steps", "recipe", "hub", "folding", "watch"},
-    {"adapter_checks", "resuming"},
-    {"run", "callbacks", "round_scores", "subjects", "chat_template", "checks"},
-    {"best_round"},
-    {"trainer"},
-    {"launch", "scoring"},
+    {"common"},
+    {"storage"},
+    {"data", "methods"},
+    {"updates"},
+    {"rounds"},
+    {"models"},
+    {"reports"},
+    {"config"},
+    {"evaluation", "hub"},
+    {"trainers"},
+    {"launch"},
     {"comparison", "federation"},
+    {"moved"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
-TORCH_ONLY = {"movement", "sketch", "methods", "plan", "layout", "draws"}
+TORCH_ONLY = {"methods", "rounds", "updates"}
 
 
 def modules():

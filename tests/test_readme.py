@@ -6,17 +6,17 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from peft import get_peft_model
 from test_loglikelihood import fitted, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fslora_hf import FederatedSketchConfig
+from fslora_hf.config.recipe import RecipeArguments
 from fslora_hf.data.miniature import miniature_rows
-from fslora_hf.recipe import RecipeArguments
+from tests.support import tiny
 
-pytest_plugins = ("tests.forked",)
+pytest_plugins = ("tests.support.forked",)
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import FederatedSketchConfig
+from ..common.settings import SettingsError, field_problems, is_a, sentence
+from ..config.federation import FederatedSketchConfig
+from ..config.ranges import range_problems
+from ..config.recipe import ModelArguments, RecipeArguments, parse_recipe, read_file, read_flags, read_mapping
+from ..config.refusals import folder_problems
 from ..methods import MethodError, method_class
-from ..ranges import range_problems
-from ..recipe import ModelArguments, RecipeArguments, parse_recipe, read_file, read_flags, read_mapping
-from ..refusals import folder_problems
-from ..settings import SettingsError, field_problems, is_a, sentence
 
 RECIPE_TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
 _IN_THE_FILE = "(In the file only.)"

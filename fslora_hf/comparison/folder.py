@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..settings import default_of, shown
+from ..common.settings import default_of, shown
 from ..storage.files import make_folder, write_text
 from ..storage.locks import LOCK_NAME, held
 from .arguments import RECIPE_TYPES

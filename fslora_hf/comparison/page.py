@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.page import policy
-from ..evaluation.tables import escape_markdown
+from ..reports.leaderboard_page import policy
+from ..reports.leaderboard_tables import escape_markdown
 from ..storage.files import write_text
 from .figures import draw_all
 from .tables import budget_told, captions, grid, to_markdown, to_text

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import last_checkpoint
 from ..common.foreign_text import foreign_value
 from ..launch import FIGURE_NAME
-from ..ledger import LEDGER_NAME, read_records
-from ..report import read_ledger, totals
-from ..run import IDENTITY_NAME
+from ..reports.ledger import read_ledger, totals
+from ..storage.checkpoint import last_checkpoint
+from ..storage.ledger import LEDGER_NAME, read_records
 from ..storage.result_files import IN_LOOP, RESULTS
+from ..trainers.resume import IDENTITY_NAME
 from .runs import PARTITION, Run
 
 # What two runs with one scoring have alike in their result files.

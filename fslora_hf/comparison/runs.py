@@ -7,10 +7,10 @@ from itertools import product
 from typing import Any
 
 from ..common.masking import find_secrets
-from ..config import FederatedSketchConfig
+from ..common.settings import SettingsError, sentence
+from ..config.federation import FederatedSketchConfig
+from ..config.recipe import ModelArguments, RecipeArguments, build_settings
 from ..methods import method_class
-from ..recipe import ModelArguments, RecipeArguments, build_settings
-from ..settings import SettingsError, sentence
 from ..storage.result_files import slug
 from .arguments import RECIPE_TYPES, Comparison
 

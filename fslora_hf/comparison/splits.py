@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from ..clients import ClientIndex
+from ..data.clients import ClientIndex
 from ..launch import held_out_rows, training_rows
-from ..run import ranks_of_clients
+from ..trainers.resume import ranks_of_clients
 from .runs import PARTITION, Run
 
 ALL_ROWS = "all rows"  # stands for the task of rows that name none

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..evaluation.tables import escape_markdown
+from ..reports.leaderboard_tables import escape_markdown
 
 # Heading, key of a variant, factor and digits; a difference is looked up under "difference".
 _COLUMNS = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..draws import permutation_prefix
+from ..common.draws import permutation_prefix
 from .prompts import options, render_completion, render_prompt
 from .templates import TEMPLATES
 

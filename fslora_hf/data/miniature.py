@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from ..draws import permutation_prefix, uniforms
+from ..common.draws import permutation_prefix, uniforms
 from . import miniature_facts as facts
 from .commonsense import TASKS, check_split, check_tasks, render_row, to_dataset
 from .templates import published_row

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.foreign_text import foreign_names
-from ..settings import is_a
+from ..common.settings import is_a
 from ..storage.disk_errors import told
 from ..storage.files import make_folder
 from .outcomes import Outcome

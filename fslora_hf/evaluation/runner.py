@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..draws import permutation_prefix
-from ..processes import agree, gather, rank, world
-from ..quantized import keep_as_stored
+from ..common.draws import permutation_prefix
+from ..common.processes import agree, gather, rank, world
+from ..models.quantized import keep_as_stored
 from ..storage.result_files import PROTOCOLS
 from .generation import Generate
 from .journal import Journal

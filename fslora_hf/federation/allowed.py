@@ -15,12 +15,12 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..checks import raise_together
 from ..common.foreign_text import foreign_names, foreign_text, foreign_value
 from ..common.masking import find_secrets, is_secret_name, mask
-from ..config import FederatedSketchConfig
-from ..recipe import ModelArguments, RecipeArguments
-from ..settings import default_of
+from ..common.settings import default_of
+from ..config.federation import FederatedSketchConfig
+from ..config.recipe import ModelArguments, RecipeArguments
+from ..trainers.checks import raise_together
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..folding import FoldedBase
 from ..methods import PairChange
+from ..models.folding import FoldedBase
 from .tensors import to_numpy
 
 FOLD, BASE = "fold", "base"  # what names of tensors in packets begin with

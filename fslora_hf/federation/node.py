@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..adapter import global_pair
-from ..checkpoint import FEEDBACK_NAME
-from ..checks import raise_together
 from ..common.foreign_text import LONGEST_MESSAGE, LONGEST_NAME, LONGEST_REASON, foreign_text
 from ..common.masking import scrub
-from ..config import FederatedSketchConfig
+from ..config.federation import FederatedSketchConfig
+from ..config.recipe import RecipeArguments, build_settings
 from ..data.sources import check_path, load_rows
-from ..folding import FoldedBase
 from ..launch import build_trainer, training_rows
 from ..methods import ClientAdapter
-from ..recipe import RecipeArguments, build_settings
-from ..server import ServerState
+from ..models.folding import FoldedBase
+from ..models.stack import global_pair
+from ..rounds.server import ServerState
+from ..storage.checkpoint import FEEDBACK_NAME
 from ..storage.disk_errors import WriteError
+from ..trainers.checks import raise_together
 from .allowed import RECIPE_TYPES, model_refusals, obeyed
 from .folds import bring_up
 from .node_feedback import feedback_of

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..common.foreign_text import foreign_value
-from ..feedback import ErrorFeedback, file_rounds
+from ..updates.feedback import ErrorFeedback, file_rounds
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from trl import SFTTrainer
 
-from .. import host_memory
-from ..callbacks import RoundCallback
-from ..engine import RoundEngine
-from ..feedback import ErrorFeedback
+from ..common import host_memory
+from ..common.processes import gather
 from ..methods import ClientAdapter, ClientUpdate, method_class
-from ..processes import gather
-from ..trainer import FederatedSketchTrainer
+from ..rounds.round import RoundEngine
+from ..trainers.callbacks import RoundCallback
+from ..trainers.sft import FederatedSketchTrainer
+from ..updates.feedback import ErrorFeedback
 
 
 @dataclass(frozen=True)

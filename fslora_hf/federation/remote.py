@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common.foreign_text import LONGEST_REASON, foreign_names, foreign_text
-from ..engine import RoundEngine
 from ..methods import ClientAdapter, ClientUpdate
-from ..plan import ClientPlan
-from ..updates import RefusedUpdate, at_most
+from ..rounds.plan import ClientPlan
+from ..rounds.round import RoundEngine
+from ..updates.bounds import RefusedUpdate, at_most
+from ..updates.norm_bound import NormBound
 from .exchange import Exchange, answers
 from .folds import Folds
-from .norm_bound import NormBound
 from .packet import Packet
 from .reading import Reader, Reply
 from .roster import FederationError, Roster

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..config import FederatedSketchConfig
+from ..common.settings import SettingsError, field_problems, is_a, sentence
+from ..config.federation import FederatedSketchConfig
+from ..config.ranges import range_problems
+from ..config.recipe import ModelArguments, RecipeArguments, build_settings, read_file, read_flags
 from ..data.sources import check_path
 from ..launch import build_trainer, finish
-from ..ranges import range_problems
-from ..recipe import ModelArguments, RecipeArguments, build_settings, read_file, read_flags
-from ..run import ranks_of_clients, refuse_occupied
-from ..settings import SettingsError, field_problems, is_a, sentence
 from ..storage.locks import held
+from ..trainers.resume import ranks_of_clients, refuse_occupied
 from .allowed import RECIPE_TYPES, told_to_nodes
 from .exchange import Exchange
 from .packet import Packet

@@ -12,7 +12,7 @@ from flwr.app import Context, Message, MessageType  # isort: skip
 from flwr.serverapp import Grid, ServerApp  # isort: skip
 
 from ..common.foreign_text import LONGEST_REASON, foreign_text
-from ..watch import RunLost
+from ..rounds.watch import RunLost
 from .packet import Packet, PacketError
 from .roster import FederationError
 from .server import FederationArguments, run_federation

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_value
-from ..compression import kept_numbers, list_bytes, mask_bytes
-from ..updates import RefusedUpdate
+from ..updates.bounds import RefusedUpdate
+from ..updates.top_k import kept_numbers, list_bytes, mask_bytes
 
 VALUES, PLACES, MASK = "values", "places", "mask"  # names of a sparse update's arrays
 

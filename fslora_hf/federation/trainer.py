@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..layout import Layout
-from ..ledger import last_records, read_records
-from ..trainer import FederatedSketchTrainer
+from ..rounds.layout import Layout
+from ..storage.ledger import last_records, read_records
+from ..trainers.sft import FederatedSketchTrainer
+from ..updates.norm_bound import PAST_ROUNDS
 from .exchange import Exchange
-from .norm_bound import PAST_ROUNDS
 from .remote import RemoteEngine, RoundRules
 from .roster import FederationError, Roster
 

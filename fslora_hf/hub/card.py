@@ -10,10 +10,10 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from ..reports.markdown import one_line
 from .card_context import COMMONSENSE, Benchmark, CardContext, hub_id
 from .card_scores import latest_results, round_of, score, tasks_of
 from .card_text import card_body
-from .markdown import one_line
 
 __all__ = ["COMMONSENSE", "Benchmark", "CardContext", "eval_results_yaml", "merge_card", "render_card"]
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.foreign_text import foreign_fields
-from ..evaluation.entries import AVERAGE
-from ..evaluation.leaderboard import Z
-from ..evaluation.tables import percent
+from ..reports.entries import AVERAGE
+from ..reports.leaderboard import Z
+from ..reports.leaderboard_tables import percent
+from ..reports.markdown import count, plain, table
 from .card_context import CardContext, round_tag
-from .markdown import count, plain, table
 
 _PROTOCOLS = {"loglikelihood": "Log-likelihood of the options", "generate": "Generated answers"}
 _REMARKS = {

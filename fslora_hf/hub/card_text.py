@@ -7,10 +7,10 @@ from typing import Any
 from urllib.parse import quote
 
 from ..common.foreign_text import LONGEST_MESSAGE
-from ..evaluation.tables import percent
+from ..reports.leaderboard_tables import percent
+from ..reports.markdown import count, duration, fenced, one_line, plain, size, table, without_tokens
 from .card_context import CardContext, hub_id, round_tag
 from .card_scores import SHOWN_ROUNDS, score_section
-from .markdown import count, duration, fenced, one_line, plain, size, table, without_tokens
 
 # Name, source and what each client trains, to follow "trained by federated learning: ".
 _METHODS = {

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, hf_hub_download
 
-from ..checkpoint import SERVER_NAME, STATE_NAME, CheckpointError, read_state
 from ..common.foreign_text import foreign_text
-from ..ledger import LEDGER_NAME, read_records
+from ..storage.checkpoint import SERVER_NAME, STATE_NAME, CheckpointError, read_state
 from ..storage.disk_errors import START_AGAIN, WriteError, is_full, told
 from ..storage.files import sync_path, sync_tree
+from ..storage.ledger import LEDGER_NAME, read_records
 from ..storage.result_files import IN_LOOP, OUTCOMES, RESULTS
 from ..storage.state_file import parse_state
 from .errors import HubError, check_token, scrub

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.report import plot_accuracy, round_number
-from ..ledger import LEDGER_NAME
-from ..report import plot_ledger, read_ledger
+from ..reports.accuracy import plot_accuracy, round_number
+from ..reports.ledger import plot_ledger, read_ledger
+from ..storage.ledger import LEDGER_NAME
 from ..storage.result_files import RESULTS
 from .fetch import RESULTS_FOLDER
 from .outbox import Snapshot

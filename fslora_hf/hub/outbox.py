@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import checksums
 from ..common.foreign_text import foreign_text, foreign_value
-from ..settings import is_a
+from ..common.settings import is_a
+from ..storage.checkpoint import checksums
 from ..storage.disk_errors import told
 from ..storage.files import make_folder, sync_path, sync_tree, write_text
 from ..storage.locks import lock_file

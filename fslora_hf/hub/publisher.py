@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.constants import ENDPOINT
 
-from ..checkpoint import SERVER_NAME, write_state
-from ..evaluation.entries import parse_entry
-from ..evaluation.results import quantization_of
-from ..ledger import LEDGER_NAME
-from ..report import read_ledger, totals
+from ..models.description import quantization_of
+from ..reports.entries import parse_entry
+from ..reports.ledger import read_ledger, totals
+from ..storage.checkpoint import SERVER_NAME, write_state
+from ..storage.ledger import LEDGER_NAME
 from ..storage.result_files import IN_LOOP, RESULTS
 from .card import COMMONSENSE, CardContext, eval_results_yaml, render_card
 from .errors import HubError
@@ -29,8 +29,8 @@ from .remote import HubTarget, Remote, check_target
 from .uploader import check_run
 
 if TYPE_CHECKING:
-    from ..config import FederatedSketchConfig
-    from ..trainer import FederatedSketchTrainer
+    from ..config.federation import FederatedSketchConfig
+    from ..trainers.sft import FederatedSketchTrainer
 
 logger = logging.getLogger(__name__)
 

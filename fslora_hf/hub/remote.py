@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import build_hf_headers, paginate, validate_repo_id
 
 from ..common.foreign_text import foreign_names, foreign_text
-from ..settings import kind_of
+from ..common.settings import kind_of
 from .errors import HubError, check_token, translate
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from ..common.foreign_text import foreign_names, foreign_text
-from ..evaluation.entries import Entry, parse_entry, read_results
+from ..reports.entries import Entry, parse_entry, read_results
 from ..storage.result_files import RESULTS
 from .errors import LONGEST_ANSWER, HubError, check_token, scrub
 from .fetch import RESULTS_FOLDER, check_name

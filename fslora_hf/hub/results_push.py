@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 
-from ..evaluation.entries import read_results
+from ..reports.entries import read_results
 from ..storage.result_files import OUTCOMES, RESULTS, slug
 from .errors import HubError
 from .results import SCHEME, ResultsRepository, check_size, said

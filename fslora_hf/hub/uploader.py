@@ -14,8 +14,8 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 
-from ..checkpoint import STATE_NAME, describe_difference
 from ..common.foreign_text import foreign_text
+from ..storage.checkpoint import STATE_NAME, describe_difference
 from .card import BEGIN, merge_card
 from .errors import LENGTH, HubError
 from .figures import draw_figures

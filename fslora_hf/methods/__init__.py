@@ -2,7 +2,7 @@
 
 import re
 
-from ..settings import did_you_mean, sentence
+from ..common.settings import did_you_mean, sentence
 from .base import (
     ClientAdapter,
     ClientUpdate,

@@ -5,8 +5,8 @@ pass is `W0 + s B S A` with `s` the LoRA scale. Since S is zero off I, the clien
 an ordinary adapter of rank k whose scale is `s r / k`, and gradients of what it holds carry the factor by themselves.
 """
 
-from ..sketch import add_lifted, restrict
 from .base import ClientAdapter, Method
+from .sketch import add_lifted, restrict
 
 
 class FSLoRA(Method):

@@ -9,7 +9,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from ..settings import did_you_mean
+from ..common.settings import did_you_mean
 from .base import Method
 from .contract import MethodError
 

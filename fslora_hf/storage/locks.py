@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.foreign_text import foreign_text
-from ..processes import agree
+from ..common.processes import agree
 from .disk_errors import WriteError, is_full
 
 try:

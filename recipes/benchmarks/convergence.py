@@ -35,9 +35,9 @@ from measurements import write_result
 
 from fslora_hf.methods import ClientUpdate
 from fslora_hf.methods.fslora import FSLoRA
-from fslora_hf.plan import ClientPlan, plan_round
-from fslora_hf.report import ACCENT, DARK, GREY, RANK_COLOURS
-from fslora_hf.server import ServerState
+from fslora_hf.reports.ledger import ACCENT, DARK, GREY, RANK_COLOURS
+from fslora_hf.rounds.plan import ClientPlan, plan_round
+from fslora_hf.rounds.server import ServerState
 
 MODULE = "layer"
 PREDICTED = {"color": ACCENT, "lw": 1.1, "ls": (0, (3, 2)), "zorder": 3}
@@ -71,7 +71,7 @@ def local_update(
 def take_round(
     method: FSLoRA, server: ServerState, clients: Sequence[ClientPlan], problem: Problem, rate: float
 ) -> None:
-    """One round of the package's own method and server, put together as in `fslora_hf.engine`."""
+    """One round of the package's own method and server, put together as in `fslora_hf.rounds.round`."""
     total = method.accumulator(server, clients)
     for position, client in enumerate(clients):
         method.accumulate(total, local_update(method, server, client, position, problem, rate))

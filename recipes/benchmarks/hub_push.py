@@ -112,7 +112,7 @@ def _timed_snapshots(publisher) -> list[tuple[int, list[float]]]:
 
 def measure(options: argparse.Namespace) -> dict:
     sys.path.insert(0, str(Path(__file__).parents[2]))  # the tests' Hub is not part of the package
-    from tests.hub_server import HubServer
+    from tests.support.hub_server import HubServer
 
     with HubServer() as hub, tempfile.TemporaryDirectory() as folder:
         hub.upload_mode = "lfs"

@@ -37,7 +37,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fslora_hf.clients import ClientIndex
+from fslora_hf.data.clients import ClientIndex
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def work(options: argparse.Namespace) -> dict:
     from round_setup import Clock
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from fslora_hf.host_memory import forget_peak, held_bytes, peak_bytes
+    from fslora_hf.common.host_memory import forget_peak, held_bytes, peak_bytes
 
     disable_progress_bar()  # of each model load
     set_verbosity_error()

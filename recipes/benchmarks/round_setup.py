@@ -17,9 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from step_rows import QUIET  # beside this file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fslora_hf.adapter import PEFT_PREFIX
-from fslora_hf.clients import ClientIndex
-from fslora_hf.plan import RoundPlan, plan_round
+from fslora_hf.data.clients import ClientIndex
+from fslora_hf.models.stack import PEFT_PREFIX
+from fslora_hf.rounds.plan import RoundPlan, plan_round
 
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 SEED = 0

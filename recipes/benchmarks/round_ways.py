@@ -30,9 +30,9 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
-from fslora_hf.adapter import PEFT_PREFIX
-from fslora_hf.callbacks import RoundCallback
-from fslora_hf.plan import ClientPlan
+from fslora_hf.models.stack import PEFT_PREFIX
+from fslora_hf.rounds.plan import ClientPlan
+from fslora_hf.trainers.callbacks import RoundCallback
 
 # ---- This library ----
 

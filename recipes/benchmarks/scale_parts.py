@@ -18,9 +18,9 @@ import numpy as np
 from server import LAYERS, SHAPES
 from step_rows import QUIET, make_tokenizer
 
-from fslora_hf.clients import ClientIndex, client_ranks
-from fslora_hf.host_memory import forget_peak, held_bytes, peak_bytes
-from fslora_hf.plan import RoundPlan, plan_round
+from fslora_hf.common.host_memory import forget_peak, held_bytes, peak_bytes
+from fslora_hf.data.clients import ClientIndex, client_ranks
+from fslora_hf.rounds.plan import RoundPlan, plan_round
 
 # Layers of which a cohort's adapters are handed over: server.py's, or a few numbers to try the script with.
 ADAPTED = {"llama3.2-3b": SHAPES, "small": {"q_proj": (16, 16), "k_proj": (16, 8), "down_proj": (24, 16)}}
@@ -106,12 +106,12 @@ def hand_over(options, clients: int, cohort: int, low: int, high: int) -> dict[s
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
-    from fslora_hf.adapter import ClientStack, global_pair
-    from fslora_hf.engine import RoundEngine
-    from fslora_hf.layout import Layout
     from fslora_hf.methods import METHODS
-    from fslora_hf.server import ServerState
-    from fslora_hf.updates import check_finite
+    from fslora_hf.models.stack import ClientStack, global_pair
+    from fslora_hf.rounds.layout import Layout
+    from fslora_hf.rounds.round import RoundEngine
+    from fslora_hf.rounds.server import ServerState
+    from fslora_hf.updates.bounds import check_finite
 
     torch.manual_seed(0)
     shapes = ADAPTED[options.layer]
@@ -249,7 +249,7 @@ def resume(options, round: int) -> dict[str, float]:
 
 def renumber(checkpoint: Path, round: int) -> None:
     """Make a run's only checkpoint, of round 1 and one step, and its ledger those of a later round."""
-    from fslora_hf.checkpoint import STATE_NAME, read_state, whole_folder
+    from fslora_hf.storage.checkpoint import STATE_NAME, read_state, whole_folder
 
     folder = checkpoint.parent
     record = json.loads((folder / "rounds.jsonl").read_text())

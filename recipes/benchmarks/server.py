@@ -19,7 +19,7 @@ import torch
 from measurements import processor, write_result  # beside this file
 from turns import SEEN, run_again, take_turns
 
-from fslora_hf.host_memory import forget_peak, held_bytes, peak_bytes
+from fslora_hf.common.host_memory import forget_peak, held_bytes, peak_bytes
 
 LAYERS = 28
 SHAPES = {  # in, out
@@ -58,9 +58,9 @@ class Client:
 
 def work(name: str, client_rank: int, options: argparse.Namespace) -> dict:
     """Seconds of `finish` and the step, and the bytes that they held beyond what was there."""
-    from fslora_hf.folding import FoldedBase
     from fslora_hf.methods import METHODS, ClientUpdate
-    from fslora_hf.server import ServerState
+    from fslora_hf.models.folding import FoldedBase
+    from fslora_hf.rounds.server import ServerState
 
     torch.manual_seed(0)
     method, r = METHODS[name](), options.rank

@@ -100,7 +100,7 @@ def time_steps(options: argparse.Namespace, block: int, federated: dict | None) 
     from trl import SFTConfig, SFTTrainer
 
     from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
-    from fslora_hf.host_memory import peak_bytes
+    from fslora_hf.common.host_memory import peak_bytes
 
     clock, steps = make_clock(), options.steps + 2
     model = load_model(options)

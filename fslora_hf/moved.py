@@ -1,0 +1,54 @@
+"""Names that modules had before they lay in rooms, which scripts and notebooks may still import."""
+
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# What the README, the docs or a recipe ever named.
+MOVED = {
+    "callbacks": "trainers.callbacks",
+    "checkpoint": "storage.checkpoint",
+    "clients": "data.clients",
+    "evaluation.entries": "reports.entries",
+    "evaluation.leaderboard": "reports.leaderboard",
+    "evaluation.page": "reports.leaderboard_page",
+    "evaluation.report": "reports.accuracy",
+    "evaluation.tables": "reports.leaderboard_tables",
+    "folding": "models.folding",
+    "host_memory": "common.host_memory",
+    "ledger": "storage.ledger",
+    "partition": "data.partition",
+    "plan": "rounds.plan",
+    "processes": "common.processes",
+    "recipe": "config.recipe",
+    "report": "reports.ledger",
+    "scoring": "evaluation.scoring",
+    "server": "rounds.server",
+    "settings": "common.settings",
+    "sketch": "methods.sketch",
+    "subjects": "evaluation.subjects",
+    "trainer": "trainers.sft",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds a module by its old name: the same module object, not a second one."""
+
+    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == __package__ and name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        self._spec = import_module(f"{__package__}.{MOVED[spec.name.partition('.')[2]]}").__spec__
+        return sys.modules[self._spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec  # which the import machinery has just replaced
+
+
+def find_moved() -> None:
+    """Let the old names be imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,54 @@
+"""Pieces of Markdown. Names, paths and commands are the user's: each is escaped for the place it stands in."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..common.foreign_text import LONGEST, foreign_text
+from ..common.masking import scrub, scrub_quoted
+from .leaderboard_tables import escape_markdown
+
+
+def one_line(text: Any, longest: int = LONGEST) -> str:
+    """Printable text without line breaks, at most so many characters."""
+    return foreign_text(text, longest)
+
+
+def without_tokens(command: str) -> str:
+    """A command line with the variable HF_TOKEN in place of every token."""
+    return scrub_quoted(command, "$HF_TOKEN")
+
+
+def table(lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, the first line its header; so many columns are left-aligned, the rest right."""
+    header, *rows = lines
+    rule = [":--" if column < left else "--:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def plain(text: Any, longest: int = LONGEST) -> str:
+    """Text of the user's, or of others, that stays text in a line or a cell, and holds no token."""
+    return escape_markdown(scrub(one_line(text, longest)))
+
+
+def fenced(code: str, language: str) -> str:
+    """A code block, whatever backticks it holds."""
+    code = code.strip("\n").replace("<!-- fslora_hf:", "<!-- fslora_hf :")  # no line of it may pass for a marker
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def size(number: int) -> str:
+    """Bytes in a unit that keeps the figure short."""
+    unit, factor = ("GB", 10**9) if number >= 10**9 else ("MB", 10**6) if number >= 10**6 else ("kB", 10**3)
+    return f"{number / factor:,.{1 if number >= 10 * factor else 2}f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

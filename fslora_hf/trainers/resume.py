@@ -1,0 +1,243 @@
+"""What makes a run that run, and where a call of `train()` starts: anew, or from a checkpoint of the same run."""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from ..config.federation import FederatedSketchConfig
+from ..data.clients import client_ranks
+from ..data.rows import digest_rows
+from ..evaluation.results import set_aside_later
+from ..hub.fetch import fetch_round, parse_source, take_in
+from ..hub.outbox import OUTBOX_NAME
+from ..methods import method_class
+from ..models.description import quantization_of
+from ..models.stack import lora_layers
+from ..storage.checkpoint import (
+    CheckpointError,
+    describe_difference,
+    last_checkpoint,
+    move_aside_later,
+    read_state,
+    remove_partial,
+)
+from ..storage.files import make_folder, write_text
+from ..storage.json_file import DamagedFile, read_object
+from ..storage.ledger import LEDGER_NAME, Kept, keep_rounds
+from ..storage.result_files import IN_LOOP
+from .examine import check_place, examine, read_arguments
+
+if TYPE_CHECKING:
+    from .sft import FederatedSketchTrainer
+
+logger = logging.getLogger(__name__)
+
+IDENTITY_NAME = "federated_run.json"
+HUB_RESUME = ".hub_resume"  # in output_dir, while a run is taken up from the Hub
+
+DEFINING_ARGUMENTS = (
+    "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
+    "client_weighting upload_top_k learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
+).split()
+_DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
+
+
+class OccupiedError(ValueError):
+    """There is a run where another one was to begin."""
+
+
+def ranks_of_clients(args: FederatedSketchConfig, clients: int, global_rank: int) -> np.ndarray:
+    """The rank each client affords, int64 `[clients]` by ascending id."""
+    if args.client_ranks is not None:
+        return np.asarray(args.client_ranks, dtype=np.int64)
+    low, high = args.min_rank or 1, args.max_rank or global_rank
+    return client_ranks(clients, law=args.rank_distribution, min_rank=low, max_rank=high, seed=args.seed)
+
+
+def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
+    """Everything that decides what a run computes, as plain JSON values. How it is laid out over processes, blocks and
+    micro-batches is not part of it, and neither is the number of rounds."""
+    if getattr(trainer, "_identity", None) is None:
+        args, lora = trainer.args, trainer.model.peft_config["default"]
+        values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS}
+        values |= {f"lora {name}": getattr(lora, name) for name in _DEFINING_LORA}
+        values |= {
+            "server_learning_rate": args.resolved_server_learning_rate,
+            "error_feedback": args.error_feedback or None,
+            "metric_for_best_model": args.metric_for_best_model,
+            "greater_is_better": args.greater_is_better,
+            "clients": len(trainer.client_index),
+            "clients_per_round": trainer.cohort_size,
+            "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            "client_ranks": None if args.client_ranks is None else _digest(args.client_ranks),
+            "model": _describe_model(trainer.model.get_base_model()),
+            "adapted layers": _digest(list(lora_layers(trainer.model))),
+            "data": digest_rows(trainer.train_dataset, args.client_id_column),
+        }
+        if method_class(args.method).folds:
+            values["base dtype"] = str(trainer.model.get_base_model().dtype)  # what is learned is kept in it
+        trainer._identity = json.loads(json.dumps(values, default=str))
+    return trainer._identity
+
+
+def _describe_model(model: PreTrainedModel) -> str:
+    config = model.config.get_text_config()
+    bits = quantization_of(model) or "unquantized"
+    return f"{type(model).__name__}, {config.num_hidden_layers} layers of {config.hidden_size}, {bits}"
+
+
+def _digest(values: list) -> str:
+    """A short list as it is, a long one by its length and a hash: a million ranks do not belong into a state file."""
+    text = json.dumps(values)
+    return text if len(text) <= 200 else f"{len(values)} entries, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> str | None:
+    """The folder of the checkpoint to resume from, None to start anew; leaves the run's folder ready for either.
+
+    Raises:
+        ValueError: the folder holds another run, there is nothing to resume from, or it is of another run or damaged.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    try:
+        return _find_start(trainer, resume, output_dir)
+    finally:
+        shutil.rmtree(output_dir / HUB_RESUME, ignore_errors=True)
+
+
+def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, output_dir: Path) -> str | None:
+    if not resume:
+        refuse_occupied(output_dir)
+        _begin(trainer, output_dir)
+        return None
+    fetched = _fetch(trainer, str(resume), output_dir)
+    folder = last_checkpoint(output_dir) if resume is True else fetched or Path(resume)
+    if folder is None:
+        return _start_over(trainer, output_dir)
+    state = read_state(folder)
+    _refuse_other_run(folder, state["run"], identity(trainer))
+    elsewhere = folder.resolve().parent != output_dir.resolve()
+    if elsewhere and fetched is None:
+        refuse_occupied(output_dir)
+    kept = examine(trainer, folder, state, (folder.parent if elsewhere else output_dir) / LEDGER_NAME)
+    check_place(output_dir, trainer)
+    _tell_of_ledger(trainer, folder, state["round"], kept)
+    _warn_of_other_length(trainer, folder)
+    # Nothing is refused from here on.
+    if not elsewhere:
+        move_aside_later(output_dir, state["round"])
+        set_aside_later(output_dir / IN_LOOP, state["round"])
+    _begin(trainer, output_dir)
+    kept.write(output_dir / LEDGER_NAME)
+    if fetched is not None:
+        folder = take_in(fetched, output_dir, f"checkpoint-{state['round'] * trainer.layout.steps_per_round}")
+    return str(folder)
+
+
+def _tell_of_ledger(trainer: "FederatedSketchTrainer", folder: Path, rounds: int, kept: Kept) -> None:
+    if kept.rounds < rounds and trainer.args.upload_budget is not None:
+        raise CheckpointError(
+            f"Expected the {rounds} rounds before {folder} in a ledger beside it, which says how much of "
+            f"upload_budget is spent, found {kept.rounds}: copy {LEDGER_NAME} with the checkpoint, or remove "
+            "upload_budget."
+        )
+    if kept.rounds < rounds:
+        logger.warning("The ledger holds %d of the %d rounds before %s.", kept.rounds, rounds, folder)
+    if kept.mended:
+        text = "The ledger %s was mended, every round before %s is in it once: %s."
+        logger.warning(text, kept.path, folder, kept.mended)
+
+
+def _fetch(trainer: "FederatedSketchTrainer", resume: str, output_dir: Path) -> Path | None:
+    """The folder of a checkpoint that is named by its place on the Hub, None if it is not."""
+    args = trainer.args
+    source = parse_source(resume, trainer.hub_model_id or args.hub_model_id, args.hub_revision)
+    if source is None:
+        return None
+    # A ledger beside our own folder is what a kill left of an earlier call that took the run up.
+    refuse_occupied(output_dir, besides_ledger=(output_dir / HUB_RESUME).exists())
+    return fetch_round(*source, output_dir / HUB_RESUME, args.hub_token)
+
+
+def saved_block(checkpoint: str | None) -> int | None:
+    """How many clients shared a step before a checkpoint was written; None without a checkpoint."""
+    if checkpoint is None:
+        return None
+    return read_arguments(Path(checkpoint))["per_device_train_clients"]
+
+
+def _warn_of_other_length(trainer: "FederatedSketchTrainer", folder: Path) -> None:
+    """A run may be made longer, but a schedule that ends with the run then takes other rates from here on."""
+    args = trainer.args
+    saved = read_arguments(folder)["num_rounds"]
+    if saved != args.num_rounds and not str(args.lr_scheduler_type.value).startswith("constant"):
+        text = "The run was begun with num_rounds=%s and goes on with %s: its %s schedule differs from here on."
+        logger.warning(text, saved, args.num_rounds, args.lr_scheduler_type.value)
+
+
+def _begin(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
+    make_folder(output_dir)
+    remove_partial(output_dir)
+    write_text(output_dir / IDENTITY_NAME, json.dumps(identity(trainer), indent=1) + "\n")
+
+
+def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
+    """Begin again at round 0 if the folder holds this very run, killed before its first checkpoint."""
+    if trainer.rounds_done:
+        raise CheckpointError(
+            f"Expected the initial adapter to begin again with, found one of {trainer.rounds_done} rounds and no "
+            "checkpoint: build the trainer anew, or name another output_dir."
+        )
+    path = output_dir / IDENTITY_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"Expected a finished checkpoint in {output_dir}, found none: start without resume_from_checkpoint, or "
+            "name the folder of a checkpoint."
+        )
+    try:
+        saved = read_object(path)
+    except DamagedFile as error:
+        raise CheckpointError(
+            f"Expected the settings of the run that was begun here in {path}, found damage ({error}): start without "
+            "resume_from_checkpoint in another output_dir, or remove this one."
+        ) from error
+    _refuse_other_run(output_dir, saved, identity(trainer))
+    check_place(output_dir, trainer)
+    logger.warning("No finished checkpoint in %s; the run begins again at its first round.", output_dir)
+    keep_rounds(output_dir / LEDGER_NAME, 0)
+    set_aside_later(output_dir / IN_LOOP, 0)
+
+
+def refuse_occupied(
+    output_dir: Path, besides_ledger: bool = False, resuming: str = "trainer.train(resume_from_checkpoint=True)"
+) -> None:
+    """Only a resumed run may write where a run has written; `resuming` is how one is resumed.
+
+    Raises:
+        OccupiedError: there is one.
+    """
+    ledger = output_dir / LEDGER_NAME
+    found = [LEDGER_NAME] if not besides_ledger and ledger.exists() and ledger.stat().st_size else []
+    found += sorted(path.name for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob(IN_LOOP)])
+    found += sorted(f"{OUTBOX_NAME}/{path.name}" for path in (output_dir / OUTBOX_NAME).glob("round-*"))
+    if found:
+        raise OccupiedError(
+            f"Expected an output_dir without a run, found {', '.join(found[:3])} in {output_dir}: resume that run "
+            f"with {resuming}, or choose another output_dir."
+        )
+
+
+def _refuse_other_run(where: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    differences = describe_difference(saved, current)
+    if differences:
+        raise CheckpointError(
+            f"Expected a checkpoint of this run, found another's in {where}: {'; '.join(differences)}. Use the "
+            "settings and data of that run, or start a new one in another output_dir."
+        )

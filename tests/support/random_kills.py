@@ -1,0 +1,225 @@
+"""Scripts that are killed at random moments and started again, until they end; imported by a fork server.
+
+A moment is either a time, or an operation on the disk (with files half written, see `DiskOperations`). Of a
+comparison, the kill takes the script and its run, or the script alone, whose run then goes on by itself.
+"""
+
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import fslora_hf.comparison.launching as launching
+import fslora_hf.comparison.results as results
+import recipes.compare
+import recipes.evaluate
+import recipes.train  # noqa: F401  (ready for forked children)
+from tests.support.worker_train import DiskOperations
+
+ROOT = Path(__file__).parents[2]
+# What a run may differ in from one that was not killed.
+CLOCKS = re.compile(
+    r'"(seconds|time|resumed|minutes_left|\w*runtime|\w*_per_second|total_flos|resume_from_checkpoint)": [^,}\n]+'
+)
+# The Trainer's means and sums since a run's last log, its start or its resumption.
+WINDOWS = re.compile(r'"(loss|train_loss|entropy|mean_token_accuracy|(?:eval_)?num_tokens)": [^,}\n]+')
+
+at_end: list[Callable[[], None]] = []  # called when a script has ended, in the processes forked from this one, too
+
+
+class Forked:
+    """In place of `subprocess.Popen` of a training script: a fork of this process, which has everything imported."""
+
+    def __init__(self, command: list[str], stdout, stderr, stdin):
+        self.code, self.pid = None, os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                for number in (1, 2):
+                    os.dup2(stdout.fileno(), number)
+                code = run_main(command[1:])
+            finally:
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if ended else None
+        return self.code
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.01)
+
+
+def run_main(command: list[str]) -> int:
+    """Run a script as `python script ...` would; returns its exit code."""
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    for each in (*at_end, sys.stdout.flush, sys.stderr.flush):
+        each()
+    return code or 0
+
+
+class GroupKill(DiskOperations):
+    """Kills all of the process's group at the operation; in children that are forked, too."""
+
+    def happens(self, what: str, path, tear: bool = False) -> None:
+        kill, os.kill = os.kill, lambda pid, number: os.killpg(os.getpgid(pid), number)
+        try:
+            super().happens(what, path, tear)
+        finally:
+            os.kill = kill
+
+
+def play(command: list[str], said: str, root: str, operation: int | None, counted: str | None) -> None:
+    """In a forked process: run a script, its output into the file `said`."""
+    os.setpgid(0, 0)
+    for number in (1, 2):
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    launching.subprocess = type("Forks", (), {"Popen": Forked, "STDOUT": None, "DEVNULL": None})
+    launching._LOOK = 0.02
+    if operation is not None or counted is not None:
+        disk = GroupKill(root, operation)
+        disk.armed = True
+        if counted is not None:
+            at_end.append(partial(_note, counted, disk))
+    totals = results.totals
+    results.totals = lambda records: totals(records) | {"seconds": 0.0}
+    os._exit(run_main(command))
+
+
+def _note(path: str, disk: DiskOperations) -> None:
+    with open(path, "a") as file:
+        file.write(f"{len(disk.log)}\n")
+
+
+class Player:
+    """Plays a script in `folder` whole, and with kills.
+
+    Args:
+        server: a multiprocessing context that forks from a process with all of this imported.
+        root: what the script leaves, all of it.
+    """
+
+    def __init__(self, server, command: list[str], root: Path, scratch: Path):
+        self.server, self.command, self.root, self.scratch = server, command, root, scratch
+        self.said = scratch / "said"
+
+    def start(self, operation: int | None = None, counted: Path | None = None):
+        given = self.command, str(self.said), str(self.root), operation, counted and str(counted)
+        process = self.server.Process(target=play, args=given)
+        process.start()
+        return process
+
+    def whole(self) -> dict[str, str]:
+        """What an uninterrupted run leaves; notes how long it takes and how many operations it does."""
+        counted = self.scratch / "counted"
+        for _ in range(2):  # in the first, the fork server starts
+            self.clear()
+            began = time.monotonic()
+            process = self.start(counted=counted)
+            process.join(300)
+            assert process.exitcode == 0, self.said.read_text()[-3000:]
+            self.seconds = time.monotonic() - began
+        self.operations = max(map(int, counted.read_text().split()))
+        return photograph(self.root)
+
+    def with_kills(self, draw: random.Random) -> tuple[dict[str, str], list[str]]:
+        """What a run leaves that is killed up to three times; returns the moments, too."""
+        self.clear()
+        moments = []
+        for _ in range(draw.randint(1, 3)):
+            kind = draw.choice(["time", "alone", "operation"])
+            at = draw.randint(1, self.operations) if kind == "operation" else draw.uniform(0.05, self.seconds)
+            process = self.start(at if kind == "operation" else None)
+            process.join(300 if kind == "operation" else at)
+            if process.exitcode is None:
+                (os.kill if kind == "alone" else os.killpg)(process.pid, signal.SIGKILL)
+                process.join()
+            elif process.exitcode >= 0:
+                break
+            moments.append(f"{kind} {at:.4g}")
+        process = self.start()
+        process.join(300)
+        assert process.exitcode == 0, (moments, self.said.read_text()[-3000:])
+        assert "Traceback" not in self.said.read_text(), (moments, self.said.read_text()[-3000:])
+        return photograph(self.root), moments
+
+    def clear(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.said.unlink(missing_ok=True)
+
+
+def photograph(folder: Path) -> dict[str, str]:
+    """Every file below a folder and what is in it, but for what clocks and drawn names say.
+
+    A round that was evaluated and then killed before its checkpoint leaves its scores under a name of their own when
+    it is done again: they must be the same ones.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = {path.relative_to(folder).as_posix(): _content(path) for path in files}
+    for name in [name for name in found if ".superseded" in name]:
+        assert found.pop(name) == found[name.split(".superseded")[0]], name
+    return found
+
+
+def _content(path: Path) -> str:
+    if path.suffix == ".log":
+        text = path.read_text(errors="replace")
+        assert "Traceback" not in text, text[-3000:]
+        return ""
+    if path.suffix in (".svg", ".html") or path.name == "federated_state.json":
+        return ""  # names in drawings are random; a state holds the checksums of files with clocks in them
+    content = path.read_bytes()
+    if path.suffix in (".png", ".safetensors"):
+        return content.hex()
+    text = CLOCKS.sub(r'"\1": 0', content.decode())
+    return WINDOWS.sub(r'"\1": 0', text) if path.name == "trainer_state.json" else text
+
+
+def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """Names of files that one of two folders lacks, or that differ."""
+    return [f"{name}: {_told(found.get(name), expected.get(name))}" for name in sorted({*found, *expected})
+            if found.get(name) != expected.get(name)]  # fmt: skip
+
+
+def _told(found: str | None, expected: str | None) -> str:
+    if found is None or expected is None:
+        return "missing" if found is None else "too much"
+    at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -40)
+    return f"{found[max(0, at - 60) : at + 40]!r} in place of {expected[max(0, at - 60) : at + 40]!r}"
+
+
+def kills(player: Player, number: int, seed: int, say: Callable[[str], None] = print) -> int:
+    """Play with at least so many kills; returns how many there were. AssertionError where an end differs."""
+    expected, done, trial = player.whole(), 0, 0
+    while done < number:
+        found, moments = player.with_kills(random.Random(f"{seed} {trial}"))
+        differing = differences(found, expected)
+        say(f"trial {trial}, killed at {', '.join(moments) or 'no moment'}: {differing or 'equal'}")
+        assert not differing, (trial, moments, differing)
+        done, trial = done + len(moments), trial + 1
+    return done
