@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ..data.clients import ClientIndex
 from ..launch import held_out_rows, training_rows
-from ..trainers.resume import ranks_of_clients
+from ..trainers.identity import ranks_of_clients
 from .runs import PARTITION, Run
 
 ALL_ROWS = "all rows"  # stands for the task of rows that name none

@@ -21,7 +21,7 @@ from .results import AdapterSource, Subject, make_results, write_results
 from .runner import longest_row, make_protocol, score_rows
 
 if TYPE_CHECKING:
-    from ..trainers.sft import FederatedSketchTrainer
+    from ..trainers.federated import FederatedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class RoundScorer:
     def _prepare(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.questions[name] = self.protocol.prepare(tokenizer, self.rows[name], longest_row(model))
 
-    def score(self, trainer: "FederatedSketchTrainer", name: str, prefix: str) -> dict[str, float]:
+    def score(self, trainer: "FederatedTrainer", name: str, prefix: str) -> dict[str, float]:
         """Metrics of the set `name`, their keys beginning with `prefix`; while a run is on, its files are written."""
         rows, args, started = self.rows[name], trainer.args, time.monotonic()
         if name not in self.questions:
@@ -85,7 +85,7 @@ class RoundScorer:
             agree(lambda: self._write(trainer, name, scores, time.monotonic() - started))
         return _metrics(scores, prefix)
 
-    def _write(self, trainer: "FederatedSketchTrainer", name: str, scores: Scores, seconds: float) -> None:
+    def _write(self, trainer: "FederatedTrainer", name: str, scores: Scores, seconds: float) -> None:
         args = trainer.args
         results = make_results(
             _subject(trainer),
@@ -113,7 +113,7 @@ def _have_options(rows: Dataset) -> bool:
         return False
 
 
-def _subject(trainer: "FederatedSketchTrainer") -> Subject:
+def _subject(trainer: "FederatedTrainer") -> Subject:
     folder, done = trainer.args.output_dir, trainer.rounds_done
     tensors = get_peft_model_state_dict(trainer.model, adapter_name="default", save_embedding_layers=False)
     adapter = AdapterSource(folder, adapter_digest(tensors), round=done)

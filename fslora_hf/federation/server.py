@@ -18,7 +18,8 @@ from ..config.recipe import ModelArguments, RecipeArguments, build_settings, rea
 from ..data.sources import check_path
 from ..launch import build_trainer, finish
 from ..storage.locks import held
-from ..trainers.resume import ranks_of_clients, refuse_occupied
+from ..trainers.identity import ranks_of_clients
+from ..trainers.resume import refuse_occupied
 from .allowed import RECIPE_TYPES, told_to_nodes
 from .exchange import Exchange
 from .packet import Packet

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_text, foreign_value
 from ..config.federation import FederatedSketchConfig
 from ..config.recipe import ModelArguments
-from ..trainers.resume import DEFINING_ARGUMENTS
+from ..trainers.identity import DEFINING_ARGUMENTS
 
 # Of a model's configuration, what says nothing about which model it is.
 _PASSING = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}

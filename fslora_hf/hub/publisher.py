@@ -16,7 +16,7 @@ from huggingface_hub.constants import ENDPOINT
 from ..models.description import quantization_of
 from ..reports.entries import parse_entry
 from ..reports.ledger import read_ledger, totals
-from ..storage.checkpoint import SERVER_NAME, write_state
+from ..storage.checkpoint import write_state
 from ..storage.ledger import LEDGER_NAME
 from ..storage.result_files import IN_LOOP, RESULTS
 from .card import COMMONSENSE, CardContext, eval_results_yaml, render_card
@@ -30,7 +30,7 @@ from .uploader import check_run
 
 if TYPE_CHECKING:
     from ..config.federation import FederatedSketchConfig
-    from ..trainers.sft import FederatedSketchTrainer
+    from ..trainers.federated import FederatedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class RoundPublisher:
         self._told = () if reached else ("network", "server")
         self._pusher: BackgroundPusher | None = None
 
-    def open(self, trainer: "FederatedSketchTrainer", identity: Callable[[], Mapping[str, Any]]) -> None:
+    def open(self, trainer: "FederatedTrainer", identity: Callable[[], Mapping[str, Any]]) -> None:
         """See, before anything of the run is changed, that its rounds can go where they shall.
 
         Raises:
@@ -149,10 +149,7 @@ class RoundPublisher:
 
     def _fill(self, folder: Path) -> None:
         trainer, args = self.trainer, self.trainer.args
-        trainer._save(str(folder))
-        if args.push_resume_state:
-            trainer._engine.server.save(folder / SERVER_NAME)
-            trainer._save_state(folder)
+        trainer.snapshot(resumable=args.push_resume_state).save(folder)
         shutil.copyfile(trainer.ledger_path, folder / LEDGER_NAME)
         write_state(folder, trainer.rounds_done, self._identity(), RESUMED if args.push_resume_state else ())
         results = self._copy_results(folder) if args.push_eval_results else []

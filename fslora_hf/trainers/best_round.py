@@ -20,11 +20,11 @@ from ..common.settings import did_you_mean
 from ..storage.checkpoint import CheckpointError, find_round, read_state
 from ..storage.disk_errors import RESUME, told
 from ..storage.files import write_text
-from .resume import identity
+from .identity import identity
 
 if TYPE_CHECKING:
     from ..config.federation import FederatedSketchConfig
-    from .sft import FederatedSketchTrainer
+    from .federated import FederatedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ class BestRound(ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"round": self.round}}
 
-    def remember(self, trainer: "FederatedSketchTrainer") -> None:
+    def remember(self, trainer: "FederatedTrainer") -> None:
         """Put into the trainer's state what its checkpoint shall hold."""
         described = TrainerState(stateful_callbacks=[*_exportable(trainer), self])
         trainer.state.stateful_callbacks = described.stateful_callbacks
 
-    def recall(self, trainer: "FederatedSketchTrainer") -> None:
+    def recall(self, trainer: "FederatedTrainer") -> None:
         """Take from the trainer's state what a checkpoint held; callbacks that it does not name stay as they are."""
         saved = trainer.state.stateful_callbacks
         self.round = None
@@ -71,7 +71,7 @@ class BestRound(ExportableState):
                     if isinstance(attributes.get(key), type(value)):  # nothing else is set, whatever a file says
                         setattr(callback, key, attributes[key])
 
-    def judged(self, trainer: "FederatedSketchTrainer", is_best: bool) -> None:
+    def judged(self, trainer: "FederatedTrainer", is_best: bool) -> None:
         """After an evaluation at a round's end: keep the round if it is the best, and the last one of a run that
         stops early."""
         args, control = trainer.args, trainer.control
@@ -81,7 +81,7 @@ class BestRound(ExportableState):
         control.should_save |= control.should_training_stop and args.save_rounds > 0
         self.remember(trainer)
 
-    def load(self, trainer: "FederatedSketchTrainer") -> str | None:
+    def load(self, trainer: "FederatedTrainer") -> str | None:
         """With `load_best_model_at_end`, make the best round's adapter (and base, where the method changes it) the
         model's, the same in all processes; returns the checkpoint's folder."""
         if not trainer.args.load_best_model_at_end or self.round is None:
@@ -107,13 +107,13 @@ class BestRound(ExportableState):
         """What a log tells of the best round: the last one names it."""
         return {"best_round": self.round} if "train_runtime" in logs and self.round is not None else {}
 
-    def words(self, trainer: "FederatedSketchTrainer") -> str | None:
+    def words(self, trainer: "FederatedTrainer") -> str | None:
         """Which round is the best so far and by what, None if none was chosen."""
         if self.round is None:
             return None
         return f"{self.round}, by {metric_key(trainer.args.metric_for_best_model)} {trainer.state.best_metric:.6g}"
 
-    def told(self, trainer: "FederatedSketchTrainer") -> str:
+    def told(self, trainer: "FederatedTrainer") -> str:
         """Sentences on the best round and on a run that stopped early; empty if there is neither."""
         sentences = []
         if self.round is not None:
@@ -145,6 +145,10 @@ class KeepsBestRound:
         if self.best_told and self.is_world_process_zero():
             write_text(path, f"{path.read_text(encoding='utf-8').rstrip()}\n\n{self.best_told}\n", RESUME)
 
+    def log(self, logs, start_time=None):
+        logs |= self._best.logged(logs)
+        super().log(logs, start_time)
+
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         # Only eval_on_start skips the scheduler; a run that is resumed was evaluated at its start.
         if skip_scheduler and self.rounds_done:
@@ -170,7 +174,7 @@ class KeepsBestRound:
         return output
 
 
-def has_stopped(trainer: "FederatedSketchTrainer") -> bool:
+def has_stopped(trainer: "FederatedTrainer") -> bool:
     """Whether an EarlyStoppingCallback's patience is used up, which it also is when such a run is resumed."""
     return trainer.state.best_metric is not None and any(
         callback.early_stopping_patience_counter >= callback.early_stopping_patience
@@ -235,7 +239,7 @@ def check_metric(name: str, metrics: Mapping[str, float]) -> None:
         )
 
 
-def _exportable(trainer: "FederatedSketchTrainer") -> list[TrainerCallback]:
+def _exportable(trainer: "FederatedTrainer") -> list[TrainerCallback]:
     return [each for each in trainer.callback_handler.callbacks if isinstance(each, ExportableState)]
 
 

@@ -18,7 +18,7 @@ from ..methods import ClientAdapter, method_class
 from ..models.stack import ClientStack, global_pair
 
 if TYPE_CHECKING:
-    from .sft import FederatedSketchTrainer
+    from .federated import FederatedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def largest_block(peak: Callable[[int], float | None], room: float, most: int, l
     return fits
 
 
-def fit_block(trainer: "FederatedSketchTrainer", meter: Meter | None = None) -> int:
+def fit_block(trainer: "FederatedTrainer", meter: Meter | None = None) -> int:
     """The most clients of this process whose step, on the longest rows and at the largest rank, fits its device.
 
     Raises:
@@ -139,7 +139,7 @@ def fit_block(trainer: "FederatedSketchTrainer", meter: Meter | None = None) -> 
     return block
 
 
-def take_step(trainer: "FederatedSketchTrainer", clients: int, longest: list[dict]) -> None:
+def take_step(trainer: "FederatedTrainer", clients: int, longest: list[dict]) -> None:
     """What a local step of a block computes and holds, on the first of the `longest` rows, with clients that are all
     zero and of the largest rank; the model is left as it was."""
     args, model, rank = trainer.args, trainer.model, int(trainer.client_ranks.max())
@@ -162,7 +162,7 @@ def take_step(trainer: "FederatedSketchTrainer", clients: int, longest: list[dic
         stack.detach()
 
 
-def _checkpoint_activations(trainer: "FederatedSketchTrainer") -> None:
+def _checkpoint_activations(trainer: "FederatedTrainer") -> None:
     """Do now what `Trainer.train` will do when it begins (transformers 5.23.0)."""
     options = dict(trainer.args.activation_checkpointing_kwargs or {})
     own = {name: options.pop(name, default) for name, default in (("every_n_layers", 1), ("offload", False))}

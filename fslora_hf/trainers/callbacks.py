@@ -11,7 +11,7 @@ from ..rounds.watch import RunWatch
 from ..storage.ledger import append_round
 
 if TYPE_CHECKING:
-    from .sft import FederatedSketchTrainer
+    from .federated import FederatedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class RoundCallback(TrainerCallback):
     `hand_over` and `aggregate` call `super()`, which does the work. `trainer` is set before training starts.
     """
 
-    trainer: "FederatedSketchTrainer"
+    trainer: "FederatedTrainer"
     watch: RunWatch  # of the present, or the last, call of `train()`
 
     def __init__(self):
@@ -101,7 +101,7 @@ class RoundCallback(TrainerCallback):
 class RoundProgressCallback(ProgressCallback):
     """The Trainer's progress bar, counting in rounds and naming the clients at work."""
 
-    trainer: "FederatedSketchTrainer"
+    trainer: "FederatedTrainer"
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -1,6 +1,6 @@
 """What is checked before a model is loaded, and what can be checked only on the model. Problems are told together."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,16 +142,17 @@ def check_clients(args: FederatedSketchConfig, clients: int, ranks: np.ndarray, 
 
 
 def check_prepared_rows(
-    args: FederatedSketchConfig, dataset: Dataset, before: np.ndarray, after: np.ndarray
+    args: FederatedSketchConfig, dataset: Dataset, columns: Sequence[str], before: np.ndarray, after: np.ndarray
 ) -> Iterator[str]:
     """Problems of the prepared training rows.
 
-    `before` holds the clients of the rows given, each once; `after` the client of each row prepared.
+    `columns` are those that a step reads; `before` holds the clients of the rows given, each once; `after` the client
+    of each row prepared.
     """
-    if not {"input_ids", "labels"} <= set(dataset.column_names):
+    if not {*columns} <= {*dataset.column_names}:
         yield (
-            f"Expected prepared rows with input_ids and labels, found {foreign_names(dataset.column_names, most=20)}: "
-            "let the trainer prepare them, or add both columns."
+            f"Expected prepared rows with {' and '.join(columns)}, found "
+            f"{foreign_names(dataset.column_names, most=20)}: let the trainer prepare them, or add these columns."
         )
         return
     ids, counts = np.unique(after, return_counts=True)

@@ -21,20 +21,18 @@ from ..storage.checkpoint import FEEDBACK_NAME, SERVER_NAME, STATE_NAME, Checkpo
 from ..storage.json_file import DamagedFile, is_whole, kind_of, read_object
 from ..storage.ledger import Kept, find_rounds
 from ..updates.feedback import INDEX_NAME, check_waiting
+from .saving import ADAPTER_CONFIG, ADAPTER_NAME, ARGUMENTS_NAME, TRAINER_STATE, files_to_resume_from
 
 if TYPE_CHECKING:
-    from .sft import FederatedSketchTrainer
+    from .federated import FederatedTrainer
 
-ARGUMENTS_NAME = "training_args.json"
-TRAINER_STATE = "trainer_state.json"
-ADAPTER_NAME, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _BY_STEP = re.compile(r"checkpoint-(\d{1,18})")
 # As they stand in a file. By the path of a best checkpoint the Trainer loads and deletes; ours keeps the best round.
 _FIELDS = {"log_history": (list,), "stateful_callbacks": (dict,), "best_model_checkpoint": (type(None),)}
 _LARGEST = 1e300  # of a number in the Trainer's state, which adds to some of them
 
 
-def examine(trainer: "FederatedSketchTrainer", folder: Path, state: dict[str, Any], ledger: Path) -> Kept:
+def examine(trainer: "FederatedTrainer", folder: Path, state: dict[str, Any], ledger: Path) -> Kept:
     """See that a run can go on from a checkpoint whose files have the checksums that its state file names.
 
     Args:
@@ -54,8 +52,7 @@ def examine(trainer: "FederatedSketchTrainer", folder: Path, state: dict[str, An
             "num_rounds, or resume from an earlier checkpoint."
         )
     folds = method_class(args.method).folds
-    needed = [ADAPTER_NAME, ADAPTER_CONFIG, SERVER_NAME, TRAINER_STATE, ARGUMENTS_NAME]
-    needed += [FOLDED_NAME] * folds + [INDEX_NAME] * trainer.keeps_feedback
+    needed = files_to_resume_from(folds) + [INDEX_NAME] * trainer.keeps_feedback
     if missing := [name for name in needed if name not in state["files"]]:
         raise CheckpointError(
             f"Expected the checksums of what a run is resumed from in {folder / STATE_NAME}, found none of "
@@ -71,7 +68,7 @@ def examine(trainer: "FederatedSketchTrainer", folder: Path, state: dict[str, An
     return kept
 
 
-def _check_tensors(trainer: "FederatedSketchTrainer", folder: Path, rounds: int, folds: bool) -> None:
+def _check_tensors(trainer: "FederatedTrainer", folder: Path, rounds: int, folds: bool) -> None:
     args, pair = trainer.args, global_pair(trainer.model)
     read_global_pair(trainer.model, folder / ADAPTER_NAME)
     ServerState(*pair, args.server_optim, args.resolved_server_learning_rate).read(folder / SERVER_NAME, rounds)
@@ -109,7 +106,7 @@ def _check_adapter_config(folder: Path, lora: Any) -> None:
         raise _damage(folder / ADAPTER_CONFIG, "the configuration of this run's adapter", error) from error
 
 
-def _check_trainer_state(trainer: "FederatedSketchTrainer", folder: Path, state: dict[str, Any]) -> None:
+def _check_trainer_state(trainer: "FederatedTrainer", folder: Path, state: dict[str, Any]) -> None:
     path = folder / TRAINER_STATE
     try:
         values = read_object(path)
@@ -173,7 +170,7 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, typing.get_origin(kind) or kind)
 
 
-def _check_callbacks(saved: Any, trainer: "FederatedSketchTrainer") -> None:
+def _check_callbacks(saved: Any, trainer: "FederatedTrainer") -> None:
     """See that what is set on callbacks is what callbacks of their names have saved."""
     own = {
         type(each).__name__: each.state()
@@ -193,7 +190,7 @@ def _damage(path: Path, what: str, found: Exception) -> CheckpointError:
     )
 
 
-def check_place(output_dir: Path, trainer: "FederatedSketchTrainer") -> None:
+def check_place(output_dir: Path, trainer: "FederatedTrainer") -> None:
     """See that what a run keeps in its folder beside checkpoints can be put there.
 
     Raises:

@@ -1,24 +1,14 @@
-"""What makes a run that run, and where a call of `train()` starts: anew, or from a checkpoint of the same run."""
+"""Where a call of `train()` starts: anew, or from a checkpoint of the same run."""
 
-import hashlib
 import json
 import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from transformers import PreTrainedModel
-
-from ..config.federation import FederatedSketchConfig
-from ..data.clients import client_ranks
-from ..data.rows import digest_rows
 from ..evaluation.results import set_aside_later
 from ..hub.fetch import fetch_round, parse_source, take_in
 from ..hub.outbox import OUTBOX_NAME
-from ..methods import method_class
-from ..models.description import quantization_of
-from ..models.stack import lora_layers
 from ..storage.checkpoint import (
     CheckpointError,
     describe_difference,
@@ -32,74 +22,22 @@ from ..storage.json_file import DamagedFile, read_object
 from ..storage.ledger import LEDGER_NAME, Kept, keep_rounds
 from ..storage.result_files import IN_LOOP
 from .examine import check_place, examine, read_arguments
+from .identity import identity
 
 if TYPE_CHECKING:
-    from .sft import FederatedSketchTrainer
+    from .federated import FederatedTrainer
 
 logger = logging.getLogger(__name__)
 
 IDENTITY_NAME = "federated_run.json"
 HUB_RESUME = ".hub_resume"  # in output_dir, while a run is taken up from the Hub
 
-DEFINING_ARGUMENTS = (
-    "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
-    "client_weighting upload_top_k learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
-    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
-).split()
-_DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
-
 
 class OccupiedError(ValueError):
     """There is a run where another one was to begin."""
 
 
-def ranks_of_clients(args: FederatedSketchConfig, clients: int, global_rank: int) -> np.ndarray:
-    """The rank each client affords, int64 `[clients]` by ascending id."""
-    if args.client_ranks is not None:
-        return np.asarray(args.client_ranks, dtype=np.int64)
-    low, high = args.min_rank or 1, args.max_rank or global_rank
-    return client_ranks(clients, law=args.rank_distribution, min_rank=low, max_rank=high, seed=args.seed)
-
-
-def identity(trainer: "FederatedSketchTrainer") -> dict[str, Any]:
-    """Everything that decides what a run computes, as plain JSON values. How it is laid out over processes, blocks and
-    micro-batches is not part of it, and neither is the number of rounds."""
-    if getattr(trainer, "_identity", None) is None:
-        args, lora = trainer.args, trainer.model.peft_config["default"]
-        values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS}
-        values |= {f"lora {name}": getattr(lora, name) for name in _DEFINING_LORA}
-        values |= {
-            "server_learning_rate": args.resolved_server_learning_rate,
-            "error_feedback": args.error_feedback or None,
-            "metric_for_best_model": args.metric_for_best_model,
-            "greater_is_better": args.greater_is_better,
-            "clients": len(trainer.client_index),
-            "clients_per_round": trainer.cohort_size,
-            "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            "client_ranks": None if args.client_ranks is None else _digest(args.client_ranks),
-            "model": _describe_model(trainer.model.get_base_model()),
-            "adapted layers": _digest(list(lora_layers(trainer.model))),
-            "data": digest_rows(trainer.train_dataset, args.client_id_column),
-        }
-        if method_class(args.method).folds:
-            values["base dtype"] = str(trainer.model.get_base_model().dtype)  # what is learned is kept in it
-        trainer._identity = json.loads(json.dumps(values, default=str))
-    return trainer._identity
-
-
-def _describe_model(model: PreTrainedModel) -> str:
-    config = model.config.get_text_config()
-    bits = quantization_of(model) or "unquantized"
-    return f"{type(model).__name__}, {config.num_hidden_layers} layers of {config.hidden_size}, {bits}"
-
-
-def _digest(values: list) -> str:
-    """A short list as it is, a long one by its length and a hash: a million ranks do not belong into a state file."""
-    text = json.dumps(values)
-    return text if len(text) <= 200 else f"{len(values)} entries, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> str | None:
+def find_start(trainer: "FederatedTrainer", resume: str | bool | None) -> str | None:
     """The folder of the checkpoint to resume from, None to start anew; leaves the run's folder ready for either.
 
     Raises:
@@ -112,7 +50,7 @@ def find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None) -> 
         shutil.rmtree(output_dir / HUB_RESUME, ignore_errors=True)
 
 
-def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, output_dir: Path) -> str | None:
+def _find_start(trainer: "FederatedTrainer", resume: str | bool | None, output_dir: Path) -> str | None:
     if not resume:
         refuse_occupied(output_dir)
         _begin(trainer, output_dir)
@@ -141,7 +79,7 @@ def _find_start(trainer: "FederatedSketchTrainer", resume: str | bool | None, ou
     return str(folder)
 
 
-def _tell_of_ledger(trainer: "FederatedSketchTrainer", folder: Path, rounds: int, kept: Kept) -> None:
+def _tell_of_ledger(trainer: "FederatedTrainer", folder: Path, rounds: int, kept: Kept) -> None:
     if kept.rounds < rounds and trainer.args.upload_budget is not None:
         raise CheckpointError(
             f"Expected the {rounds} rounds before {folder} in a ledger beside it, which says how much of "
@@ -155,7 +93,7 @@ def _tell_of_ledger(trainer: "FederatedSketchTrainer", folder: Path, rounds: int
         logger.warning(text, kept.path, folder, kept.mended)
 
 
-def _fetch(trainer: "FederatedSketchTrainer", resume: str, output_dir: Path) -> Path | None:
+def _fetch(trainer: "FederatedTrainer", resume: str, output_dir: Path) -> Path | None:
     """The folder of a checkpoint that is named by its place on the Hub, None if it is not."""
     args = trainer.args
     source = parse_source(resume, trainer.hub_model_id or args.hub_model_id, args.hub_revision)
@@ -173,7 +111,7 @@ def saved_block(checkpoint: str | None) -> int | None:
     return read_arguments(Path(checkpoint))["per_device_train_clients"]
 
 
-def _warn_of_other_length(trainer: "FederatedSketchTrainer", folder: Path) -> None:
+def _warn_of_other_length(trainer: "FederatedTrainer", folder: Path) -> None:
     """A run may be made longer, but a schedule that ends with the run then takes other rates from here on."""
     args = trainer.args
     saved = read_arguments(folder)["num_rounds"]
@@ -182,13 +120,13 @@ def _warn_of_other_length(trainer: "FederatedSketchTrainer", folder: Path) -> No
         logger.warning(text, saved, args.num_rounds, args.lr_scheduler_type.value)
 
 
-def _begin(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
+def _begin(trainer: "FederatedTrainer", output_dir: Path) -> None:
     make_folder(output_dir)
     remove_partial(output_dir)
     write_text(output_dir / IDENTITY_NAME, json.dumps(identity(trainer), indent=1) + "\n")
 
 
-def _start_over(trainer: "FederatedSketchTrainer", output_dir: Path) -> None:
+def _start_over(trainer: "FederatedTrainer", output_dir: Path) -> None:
     """Begin again at round 0 if the folder holds this very run, killed before its first checkpoint."""
     if trainer.rounds_done:
         raise CheckpointError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fslora_hf.common import host_memory
-from fslora_hf.trainers import sft as trainer
+from fslora_hf.trainers import federated as trainer
 from tests.support.worker_train import build
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux with the GNU C library")
@@ -76,7 +76,7 @@ def test_a_run_on_the_cpu_keeps_freed_memory_and_returns_it(tmp_path, monkeypatc
     made = build(tmp_path, {"num_rounds": 1, "local_steps": 1, "client_ranks": [1, 2, 4, 6, 3]})
     assert made.args.device == torch.device("cpu") and calls == []
     if fails:
-        monkeypatch.setattr(trainer.run, "find_start", None)
+        monkeypatch.setattr(trainer, "find_start", None)
         with pytest.raises(TypeError):
             made.train()
     else:

@@ -164,7 +164,7 @@ def test_a_round_without_a_client_is_the_simulators_that_refuses_it(tmp_path, re
             raise RefusedUpdate("of the test")
         return update
 
-    monkeypatch.setattr("fslora_hf.trainers.sft.check_finite", refuse_third)
+    monkeypatch.setattr("fslora_hf.trainers.federated.check_finite", refuse_third)
     federated.simulate(recipe, tmp_path / "simulated")
     adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
     assert reference.max_difference(*adapters) < 1e-9
@@ -194,7 +194,7 @@ def test_what_ended_a_run_is_told_although_its_last_round_cannot_be_saved(
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fslora_hf.trainers.sft.whole_folder", full)
+    monkeypatch.setattr("fslora_hf.trainers.checkpoints.whole_folder", full)
     with pytest.raises(FederationError, match="found 0"):
         federated.federate(recipe, federated.LocalExchange(broken))
     assert "The last whole round could not be saved" in caplog.text and "No space left" in caplog.text

@@ -15,7 +15,7 @@ from fslora_hf.common.settings import default_of
 from fslora_hf.federation import allowed
 from fslora_hf.federation.node import Node, NodeSettings
 from fslora_hf.federation.packet import Packet
-from fslora_hf.trainers.resume import DEFINING_ARGUMENTS
+from fslora_hf.trainers.identity import DEFINING_ARGUMENTS
 from tests.support import federated
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/federation.md").read_text()

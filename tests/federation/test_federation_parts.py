@@ -441,7 +441,7 @@ def test_a_node_answers_what_is_no_packet_of_its_protocol(tmp_path, monkeypatch)
 
 
 def test_a_recipe_does_not_have_a_node_push_or_write_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setattr("fslora_hf.trainers.sft.find_target", lambda args: pytest.fail("It pushes."))
+    monkeypatch.setattr("fslora_hf.trainers.pushing.find_target", lambda args: pytest.fail("It pushes."))
     source = federated.write_model_and_rows(tmp_path)
     values = yaml.safe_load(federated.write_recipe(source, tmp_path).read_text())
     values |= {"push_to_hub": True, "hub_model_id": "thief/x", "save_rounds": 1, "push_rounds": 1}

@@ -115,7 +115,7 @@ def test_updates_that_are_not_sound_are_left_out(tmp_path, federation, monkeypat
             raise RefusedUpdate("of the test")
         return update
 
-    monkeypatch.setattr("fslora_hf.trainers.sft.check_finite", refuse)
+    monkeypatch.setattr("fslora_hf.trainers.federated.check_finite", refuse)
     federated.simulate(recipe, tmp_path / "simulated")
     adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
     assert reference.max_difference(*adapters) < 1e-9

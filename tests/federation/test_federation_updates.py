@@ -126,7 +126,7 @@ def test_what_was_left_out_of_an_update_that_was_not_folded_is_void(tmp_path, so
             raise RefusedUpdate("the update is not finite")
         return update
 
-    monkeypatch.setattr("fslora_hf.trainers.sft.check_finite", refuse_once)
+    monkeypatch.setattr("fslora_hf.trainers.federated.check_finite", refuse_once)
     federated.simulate(recipe, tmp_path / "simulated")
     check_same_adapter(tmp_path)
     assert [len(line["refused"]) for line in ledger(tmp_path / "run")] == [0, 1, 0, 0]

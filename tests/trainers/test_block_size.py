@@ -10,7 +10,7 @@ import torch
 from fslora_hf.common import host_memory
 from fslora_hf.rounds.layout import Layout
 from fslora_hf.trainers import block_size
-from fslora_hf.trainers import sft as trainer
+from fslora_hf.trainers import federated as trainer
 from fslora_hf.trainers.block_size import HostMeter, fit_block, largest_block, longest_rows, meter_of
 from tests.support import reference, tiny
 from tests.support.worker_train import build, ledger

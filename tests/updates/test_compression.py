@@ -233,7 +233,7 @@ def test_a_run_stopped_within_a_round_saves_what_waited_before_it(tmp_path):
 
 def test_every_process_must_see_what_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "fslora_hf.trainers.sft.gather", lambda seen: [seen, False]
+        "fslora_hf.trainers.federated.gather", lambda seen: [seen, False]
     )  # a machine with a disk of its own
     with pytest.raises(ValueError, match="Expected every process to see .*error_feedback, found one that does not"):
         build(tmp_path, {**LAYOUT, "num_rounds": 1}).train()

@@ -1,0 +1,366 @@
+"""`FederatedTrainer`: what makes a Trainer of any kind train federated clients, a whole run as one `train()`.
+
+It knows no loss. A kind of trainer puts it before a class of transformers or TRL, calls `_before_loading` and
+`_after_loading` around that class's constructor, and says in `client_losses` what its clients lose.
+
+Overrides of private hooks of the Trainer are here and in the mixins that it is made of, and were checked on
+transformers 5.23.0 and trl 1.16.0.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, ProgressCallback
+
+from ..common import host_memory
+from ..common.processes import agree, gather
+from ..config.refusals import AUTO
+from ..config.schedule import round_schedule
+from ..data.clients import ClientIndex
+from ..data.rows import column_to_numpy
+from ..methods import beside, method_class
+from ..methods.contract import check_received
+from ..models.adapter_checks import check_fold
+from ..models.folding import FoldedBase
+from ..models.quantized import check_as_stored, keep_as_stored
+from ..models.stack import ClientStack, global_pair, save_client_adapter, widen_adapter
+from ..rounds.layout import Layout
+from ..rounds.plan import ClientPlan, RoundPlan, plan_round
+from ..rounds.round import RoundEngine
+from ..rounds.server import ServerState
+from ..storage.checkpoint import FEEDBACK_NAME
+from ..storage.folders import check_writable
+from ..storage.ledger import LEDGER_NAME, Marker
+from ..storage.locks import held
+from ..updates.bounds import check_finite
+from ..updates.feedback import ErrorFeedback
+from ..updates.movement import Movement
+from ..updates.top_k import TopK
+from .best_round import BestRound, KeepsBestRound, best_problems, evaluations_at_epochs, has_stopped
+from .block_size import fit_block
+from .callbacks import RoundCallback, RoundProgressCallback
+from .checkpoints import KeepsCheckpoints
+from .checks import (
+    check_clients,
+    check_own_loss,
+    check_prepared_rows,
+    check_round_callbacks,
+    check_trainer_arguments,
+    raise_together,
+)
+from .identity import ranks_of_clients
+from .local_steps import LocalSteps, TrainsClients
+from .pushing import PushesRounds
+from .resume import find_start, saved_block
+
+logger = logging.getLogger(__name__)
+
+
+class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsClients):
+    """A mixin over `transformers.Trainer`: one `train()` runs all rounds, and the Trainer's epoch is the round."""
+
+    _engine_class = RoundEngine
+    _resuming = "resume_from_checkpoint={checkpoint}"
+
+    # ---- Around the constructor of the class beneath ----
+
+    def _before_loading(
+        self, given: dict[str, Any], lora: PeftConfig | None, unsupported: Mapping[str, Any], rows: Iterable[str]
+    ) -> None:
+        """See, before a model is loaded, that the run can begin; puts what rounds need into the callbacks.
+
+        Args:
+            given: the arguments of the constructor beneath.
+            lora: of the adapter to train.
+            unsupported: arguments that must be None.
+            rows: problems of the rows' columns, looked for once there are rows.
+
+        Raises:
+            ValueError: lists everything that is wrong.
+        """
+        self.args, dataset, model = given["args"], given["train_dataset"], given["model"]
+        args, held_out = self.args, given["eval_dataset"]
+        callbacks = [callback() if isinstance(callback, type) else callback for callback in given["callbacks"] or []]
+        own = sum(isinstance(callback, RoundCallback) for callback in callbacks)
+        problems = [*check_own_loss(type(self).__name__, args)] if self._own_loss else []
+        problems += check_trainer_arguments(args, dataset, model, lora, held_out, unsupported)
+        raise_together([*check_round_callbacks(own or 1), *problems])
+        raise_together(best_problems(args, callbacks, held_out, given["compute_metrics"]))
+        agree(lambda: check_writable(args.output_dir))
+        raise_together(rows)
+        raise_together(check_fold(args.method, given["quantization_config"] is not None))
+        self._count_clients(column_to_numpy(dataset, args.client_id_column), lora.r)
+        self._find_hub()
+        given["callbacks"] = callbacks if own else [RoundCallback(), *callbacks]
+        # TRL rounds the adapters of quantized models to bfloat16, also one that was trained before.
+        pair = global_pair(model) if isinstance(model, PeftModel) else ()
+        self._given_pair = [{name: tensor.detach().clone() for name, tensor in side.items()} for side in pair]
+
+    def _count_clients(self, column: np.ndarray, global_rank: int) -> None:
+        args = self.args
+        self._given_ids = ClientIndex.from_column(column, args.client_id_column).ids
+        clients = len(self._given_ids)
+        self.client_ranks = ranks_of_clients(args, clients, global_rank)
+        raise_together(check_clients(args, clients, self.client_ranks, global_rank))
+        self.cohort_size = args.clients_per_round or clients
+
+    def _after_loading(self) -> None:
+        """Make the model that was loaded, and the rows that were prepared, those of a run."""
+        args = self.args
+        raise_together(check_as_stored(self.model))
+        keep_as_stored(self.model)
+        ids = column_to_numpy(self.train_dataset, args.client_id_column)
+        raise_together(check_prepared_rows(args, self.train_dataset, self.row_columns, self._given_ids, ids))
+        widen_adapter(self.model)
+        for tensors, exact in zip(global_pair(self.model), self._given_pair, strict=False):
+            for name, tensor in tensors.items():
+                tensor.data.copy_(exact[name])
+        self._given_pair.clear()
+        self.prepare(self.model.get_base_model())
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RoundProgressCallback())
+        self._best = BestRound()
+        self._bind_callbacks()
+        self._plan_rounds(ClientIndex.from_column(ids), self.model.peft_config["default"].r)
+        self._engine: RoundEngine | None = None
+        self._steps = LocalSteps()
+        self.rounds_done, self._bytes_up = 0, 0
+
+    def prepare(self, base: PreTrainedModel) -> None:
+        """What a kind of trainer changes in the base model before training."""
+
+    def _bind_callbacks(self) -> None:
+        callbacks = self.callback_handler.callbacks
+        for callback in callbacks:
+            if isinstance(callback, (RoundCallback, RoundProgressCallback)):
+                callback.trainer = self
+        own = [callback for callback in callbacks if isinstance(callback, RoundCallback)]
+        lacking = best_problems(self.args, callbacks, self.eval_dataset, self.compute_metrics)
+        raise_together([*check_round_callbacks(len(own)), *lacking])
+        (self._round_callback,) = own
+
+    def _plan_rounds(self, index: ClientIndex, global_rank: int) -> None:
+        args = self.args
+        self.client_index = index
+        self._schedule = round_schedule(args, args.num_rounds)
+        self._lay_out(1 if args.per_device_train_clients == AUTO else args.per_device_train_clients)
+        planner = partial(
+            plan_round,
+            seed=args.seed,
+            data_seed=args.data_seed,
+            index=index,
+            ranks=self.client_ranks,
+            global_rank=global_rank,
+            clients_per_round=self.cohort_size,
+            local_steps=args.local_steps,
+            examples_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            learning_rate=lambda round: args.learning_rate * self._schedule(round),
+            sketch_scope=args.sketch_scope,
+            client_weighting=args.client_weighting,
+        )
+        self._plan = lru_cache(maxsize=4)(planner)
+
+    def _lay_out(self, block_size: int) -> None:
+        args = self.args
+        self.layout = Layout(self.cohort_size, args.local_steps, block_size, args.world_size, args.process_index)
+
+    # ---- What users call ----
+
+    def round_plan(self, round: int) -> RoundPlan:
+        """What happens in a round, counted from 0: the same on any process, before, during and after training."""
+        return self._plan(round)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """Run all rounds, or those that are left from a checkpoint on.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, True for the latest finished one in `output_dir`, `hub` for
+                the latest round in the run's repository, or `owner/name@round-0010`.
+
+        Raises:
+            FolderInUse: another launch trains in `output_dir`.
+            RunLost: the run has learned nothing, or nothing good any more (see `max_lost_rounds`).
+        """
+        self._bind_callbacks()
+        with held(self.args.output_dir):
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(self, resume, trial, ignore_keys_for_eval):
+        ended = False
+        on_host = self.args.device.type == "cpu" and host_memory.keep_freed_memory()
+        try:
+            agree(self._open_hub)
+            checkpoint = agree(lambda: find_start(self, resume))
+            if self.args.per_device_train_clients == AUTO:
+                self._lay_out(agree(lambda: saved_block(checkpoint)) or self._fit_block())
+            self._open_run()
+            with evaluations_at_epochs(self.args):
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            ended = True
+            self._round_callback.watch.close(self.args.output_dir, self._resuming)
+            return output
+        except Exception as error:
+            self._interrupted(error)
+            raise
+        finally:
+            self._close_run()
+            if on_host:
+                host_memory.return_freed_memory()
+            if self.publisher is not None:
+                self.publisher.close(wait=ended)
+
+    def save_client_adapter(self, path: str | Path, client: ClientPlan) -> None:
+        """Write what `client` would receive of the global adapter as it is now: a plain PEFT adapter of its rank."""
+        server = ServerState(*global_pair(self.model))
+        method = method_class(self.args.method)()
+        received = check_received(method, server, client, method.receive(server, client, client.sketch))
+        if method.beside_global:
+            received = beside(server, received)
+        save_client_adapter(path, received, self.model.peft_config["default"])
+
+    @property
+    def in_run(self) -> bool:
+        """Whether `train()` is at work."""
+        return self._engine is not None
+
+    @property
+    def global_tensors(self) -> list[torch.Tensor]:
+        """A and B of the global adapter, of all modules."""
+        return [tensor for side in global_pair(self.model) for tensor in side.values()]
+
+    @property
+    def ledger_path(self) -> Path:
+        return Path(self.args.output_dir) / LEDGER_NAME
+
+    # ---- What the round callback calls ----
+
+    def locate_step(self, step: int) -> tuple[int, int, int]:
+        """Round, wave of clients within it, and local step within that, of a global step counted from 0."""
+        round, step = divmod(step, self.layout.steps_per_round)
+        return round, *divmod(step, self.layout.local_steps)
+
+    def begin_round(self, round: int) -> None:
+        # Dropout's numbers depend on the round and the process alone, so that a resumed round draws them anew.
+        self._steps.begin_round(self.args.seed, "dropout", round, self.args.process_index)
+        self._engine.begin_round(round)
+        if round + 1 < self.args.num_rounds:
+            self._ahead.submit(self._plan, round + 1)  # while this round trains
+
+    def collect(self) -> None:
+        self._engine.collect()
+
+    def aggregate(self) -> dict[str, Any]:
+        record = self._engine.close_round()
+        self.rounds_done = record["round"] + 1
+        self._bytes_up += record["bytes_up"]
+        return record
+
+    def check_trained(self, record: dict[str, Any]) -> None:
+        """End the run if a targeted layer is not trained, once the round's line is in the ledger."""
+        self._movement.settle(record["round"], record["learning_rate"], gather)
+
+    @property
+    def run_ends(self) -> bool:
+        """Whether the round that is just over is the run's last: all are done, the budget of uploads is used up,
+        nothing has improved for as long as EarlyStoppingCallback waits, or the run is lost."""
+        budget = self.args.upload_budget
+        spent = budget is not None and self._bytes_up >= budget * 1e6
+        lost = self._round_callback.watch.run_is_lost
+        return spent or lost or self.rounds_done == self.args.num_rounds or has_stopped(self)
+
+    @property
+    def rounds_left(self) -> int:
+        """Rounds until the run ends: a guess, from the uploads so far, where a budget may end it before the last."""
+        left, budget = self.args.num_rounds - self.rounds_done, self.args.upload_budget
+        if budget is None or self._bytes_up == 0:
+            return left
+        affordable = math.ceil((budget * 1e6 - self._bytes_up) * self.rounds_done / self._bytes_up)
+        return max(0, min(left, affordable))
+
+    # ---- The run ----
+
+    def _fit_block(self) -> int:
+        """The block that all processes can train, no larger than the number of waves needs it."""
+        largest = min(gather(fit_block(self)))
+        return replace(self.layout, block_size=largest).even_block
+
+    def _open_run(self) -> None:
+        args = self.args
+        A, B = global_pair(self.model)
+        if args.world_size > 1:
+            for tensor in (*A.values(), *B.values()):
+                torch.distributed.broadcast(tensor.data, src=0)
+        method = method_class(args.method)()
+        stack = ClientStack(
+            self.model,
+            self._slots,
+            int(self.client_ranks.max()),
+            trains=method.trains,
+            beside_global=method.beside_global,
+        )
+        stack.attach()
+        base = FoldedBase.of(self.model) if method.folds else None
+        self._feedback = self._open_feedback() if self.keeps_feedback else None
+        self._movement = Movement(A, method.trains, args.local_steps, args.learning_rate)
+        self._marker = Marker(self.ledger_path)
+        self._engine = self._engine_class(
+            plan=self._plan,
+            layout=self.layout,
+            method=method,
+            server=ServerState(A, B, args.server_optim, args.resolved_server_learning_rate, base),
+            stack=stack,
+            transforms=(check_finite, self._movement.note),
+            compressor=None if args.upload_top_k is None else TopK(args.upload_top_k, method, self._feedback),
+            sum_over_processes=torch.distributed.all_reduce if args.world_size > 1 else lambda tensor: None,
+            gather=gather_object if args.world_size > 1 else lambda objects: objects,
+        )
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self.optimizer = None  # one of an earlier call would hold parameters that are gone
+        self.rounds_done, self._bytes_up = 0, 0
+        if self.publisher is not None:
+            self.publisher.start()
+
+    @property
+    def keeps_feedback(self) -> bool:
+        """Whether what clients leave out of their updates is kept here."""
+        return self.args.error_feedback
+
+    def _open_feedback(self) -> ErrorFeedback:
+        feedback = ErrorFeedback(Path(self.args.output_dir) / FEEDBACK_NAME)
+        agree(feedback.restore)
+        if not all(gather(feedback.folder.is_dir())):
+            raise ValueError(
+                f"Expected every process to see {feedback.folder}, found one that does not: put output_dir on a disk "
+                "that all machines share, or turn error_feedback off."
+            )
+        return feedback
+
+    @property
+    def _slots(self) -> int:
+        """Clients that this process holds at once."""
+        return min(self.layout.block_size, self.cohort_size)
+
+    def _interrupted(self, error: Exception) -> None:
+        """Called when an error ends `train()`."""
+
+    def _close_run(self) -> None:
+        if self._engine is not None:
+            self._engine.stack.detach()
+            self._engine = None
+            self._ahead.shutdown()
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        between = self.state.global_step == self.rounds_done * self.layout.steps_per_round
+        if between or self.control.should_training_stop:
+            self._publish()

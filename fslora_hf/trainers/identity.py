@@ -1,0 +1,71 @@
+"""What makes a run that run: everything that decides what it computes."""
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from ..config.federation import FederatedSketchConfig
+from ..data.clients import client_ranks
+from ..data.rows import digest_rows
+from ..methods import method_class
+from ..models.description import quantization_of
+from ..models.stack import lora_layers
+
+if TYPE_CHECKING:
+    from .federated import FederatedTrainer
+
+DEFINING_ARGUMENTS = (
+    "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
+    "client_weighting upload_top_k learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
+).split()
+_DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
+
+
+def ranks_of_clients(args: FederatedSketchConfig, clients: int, global_rank: int) -> np.ndarray:
+    """The rank each client affords, int64 `[clients]` by ascending id."""
+    if args.client_ranks is not None:
+        return np.asarray(args.client_ranks, dtype=np.int64)
+    low, high = args.min_rank or 1, args.max_rank or global_rank
+    return client_ranks(clients, law=args.rank_distribution, min_rank=low, max_rank=high, seed=args.seed)
+
+
+def identity(trainer: "FederatedTrainer") -> dict[str, Any]:
+    """Everything that decides what a run computes, as plain JSON values. How it is laid out over processes, blocks and
+    micro-batches is not part of it, and neither is the number of rounds."""
+    if getattr(trainer, "_identity", None) is None:
+        args, lora = trainer.args, trainer.model.peft_config["default"]
+        values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS}
+        values |= {f"lora {name}": getattr(lora, name) for name in _DEFINING_LORA}
+        values |= {
+            "server_learning_rate": args.resolved_server_learning_rate,
+            "error_feedback": args.error_feedback or None,
+            "metric_for_best_model": args.metric_for_best_model,
+            "greater_is_better": args.greater_is_better,
+            "clients": len(trainer.client_index),
+            "clients_per_round": trainer.cohort_size,
+            "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            "client_ranks": None if args.client_ranks is None else _digest(args.client_ranks),
+            "model": _describe_model(trainer.model.get_base_model()),
+            "adapted layers": _digest(list(lora_layers(trainer.model))),
+            "data": digest_rows(trainer.train_dataset, args.client_id_column),
+        }
+        if method_class(args.method).folds:
+            values["base dtype"] = str(trainer.model.get_base_model().dtype)  # what is learned is kept in it
+        trainer._identity = json.loads(json.dumps(values, default=str))
+    return trainer._identity
+
+
+def _describe_model(model: PreTrainedModel) -> str:
+    config = model.config.get_text_config()
+    bits = quantization_of(model) or "unquantized"
+    return f"{type(model).__name__}, {config.num_hidden_layers} layers of {config.hidden_size}, {bits}"
+
+
+def _digest(values: list) -> str:
+    """A short list as it is, a long one by its length and a hash: a million ranks do not belong into a state file."""
+    text = json.dumps(values)
+    return text if len(text) <= 200 else f"{len(values)} entries, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
