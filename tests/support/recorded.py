@@ -7,6 +7,7 @@ weights are recorded, not drawn: normal numbers differ in their last bits from p
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -79,3 +80,54 @@ def build(
         peft_config=tiny.lora_config(),
         callbacks=list(callbacks),
     )
+
+
+# ---- a federation, a comparison and evaluations, started in the folder where they lie: paths are relative ----
+
+FEDERATION = {
+    "server_optim": "adam",
+    "upload_top_k": 0.3,
+    "error_feedback": True,
+    "num_rounds": 3,
+    "clients_per_round": 3,
+    "save_rounds": 1,
+    "seed": 11,
+}
+COMPARISON = {
+    "recipe": {
+        "model_name_or_path": "bytes",
+        "dtype": "float32",
+        "use_cpu": True,
+        "bf16": False,
+        "tasks": ["boolq", "piqa"],
+        "train_rows_per_task": 12,
+        "eval_rows_per_task": 6,
+        "max_length": 512,
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_dropout": 0.0,
+        "num_clients": 3,
+        "client_ranks": [1, 2, 4],
+        "partition": "iid",
+        "local_steps": 1,
+        "learning_rate": 0.05,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+        "output_dir": "unused",
+    },
+    "comparison": {
+        "recipe": "recipe.yaml",
+        "methods": ["fslora", "hetlora"],
+        "seeds": [1],
+        "rounds": 2,
+        "eval_every": 1,
+        "output_dir": "compared",
+    },
+}
+EVALUATED = ["--adapter", "compared/runs/fslora-seed1", "--results_dir", "evaluated", "--seed", "1"]
+
+
+def write_files(folder: Path, **files: dict) -> None:
+    """Each as YAML, under its name."""
+    for name, values in files.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
