@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
@@ -17,14 +17,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..common.processes import agree, world
 from ..common.settings import did_you_mean
+from ..config.federation import FederatedSketchConfig
 from ..storage.checkpoint import CheckpointError, find_round, read_state
 from ..storage.disk_errors import RESUME, told
 from ..storage.files import write_text
-from .identity import identity
-
-if TYPE_CHECKING:
-    from ..config.federation import FederatedSketchConfig
-    from .federated import FederatedTrainer
+from .saving import Learned
 
 logger = logging.getLogger(__name__)
 
@@ -48,22 +45,23 @@ class BestRound(ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"round": self.round}}
 
-    def remember(self, trainer: "FederatedTrainer") -> None:
-        """Put into the trainer's state what its checkpoint shall hold."""
-        described = TrainerState(stateful_callbacks=[*_exportable(trainer), self])
-        trainer.state.stateful_callbacks = described.stateful_callbacks
+    def remember(self, state: TrainerState, exportable: Iterable[ExportableState]) -> None:
+        """Put into the Trainer's state what its checkpoint shall hold, of callbacks too."""
+        state.stateful_callbacks = TrainerState(stateful_callbacks=[*exportable, self]).stateful_callbacks
 
-    def recall(self, trainer: "FederatedTrainer") -> None:
-        """Take from the trainer's state what a checkpoint held; callbacks that it does not name stay as they are."""
-        saved = trainer.state.stateful_callbacks
+    def recall(
+        self, state: TrainerState, exportable: Iterable[ExportableState], rounds_done: int, steps_per_round: int
+    ) -> None:
+        """Take from the Trainer's state what a checkpoint held; callbacks that it does not name stay as they are."""
+        saved = state.stateful_callbacks
         self.round = None
         for attributes in _saved(saved, "BestRound")[:1]:
             round = attributes.get("round")
-            if isinstance(round, int) and 0 < round <= trainer.rounds_done:
+            if isinstance(round, int) and 0 < round <= rounds_done:
                 self.round = round
-                trainer.state.best_global_step = round * trainer.layout.steps_per_round
+                state.best_global_step = round * steps_per_round
         alike: dict[str, list] = {}
-        for callback in _exportable(trainer):
+        for callback in exportable:
             alike.setdefault(type(callback).__name__, []).append(callback)
         for name, callbacks in alike.items():
             for callback, attributes in zip(callbacks, _saved(saved, name), strict=False):
@@ -71,57 +69,28 @@ class BestRound(ExportableState):
                     if isinstance(attributes.get(key), type(value)):  # nothing else is set, whatever a file says
                         setattr(callback, key, attributes[key])
 
-    def judged(self, trainer: "FederatedTrainer", is_best: bool) -> None:
-        """After an evaluation at a round's end: keep the round if it is the best, and the last one of a run that
-        stops early."""
-        args, control = trainer.args, trainer.control
-        if is_best:
-            self.round, trainer.state.best_global_step = trainer.rounds_done, trainer.state.global_step
-        control.should_save |= is_best and args.load_best_model_at_end
-        control.should_save |= control.should_training_stop and args.save_rounds > 0
-        self.remember(trainer)
-
-    def load(self, trainer: "FederatedTrainer") -> str | None:
-        """With `load_best_model_at_end`, make the best round's adapter (and base, where the method changes it) the
-        model's, the same in all processes; returns the checkpoint's folder."""
-        if not trainer.args.load_best_model_at_end or self.round is None:
-            return None
-        output_dir = trainer.args.output_dir
-        folder = agree(lambda: find_round(output_dir, self.round, identity(trainer)))
+    def load(self, output_dir: str, identity: Mapping[str, Any], learned: Learned) -> str | None:
+        """Make the best round's adapter (and base, where the method changes it) the model's, the same in all
+        processes; returns the checkpoint's folder, None if that cannot be."""
+        folder = agree(lambda: find_round(output_dir, self.round, identity))
         try:
             if folder is None:
                 raise CheckpointError(
                     f"Expected the checkpoint of round {self.round}, the best, in {output_dir}, found none: the model "
                     "holds the last round; copy that checkpoint there and resume to have it loaded."
                 )
-            agree(lambda: read_state(folder) and trainer.load_adapter(folder))
+            agree(lambda: read_state(folder) and learned.load(folder))
         except CheckpointError as error:
             self.round = None
             logger.warning("%s", error)
             return None
-        for tensor in trainer.learned_tensors() if world() > 1 else ():
+        for tensor in learned.tensors() if world() > 1 else ():
             torch.distributed.broadcast(tensor.data, src=0)
         return str(folder)
 
     def logged(self, logs: Mapping[str, Any]) -> dict[str, int]:
         """What a log tells of the best round: the last one names it."""
         return {"best_round": self.round} if "train_runtime" in logs and self.round is not None else {}
-
-    def words(self, trainer: "FederatedTrainer") -> str | None:
-        """Which round is the best so far and by what, None if none was chosen."""
-        if self.round is None:
-            return None
-        return f"{self.round}, by {metric_key(trainer.args.metric_for_best_model)} {trainer.state.best_metric:.6g}"
-
-    def told(self, trainer: "FederatedTrainer") -> str:
-        """Sentences on the best round and on a run that stopped early; empty if there is neither."""
-        sentences = []
-        if self.round is not None:
-            holds = ", whose adapter the model holds" if trainer.args.load_best_model_at_end else ""
-            sentences.append(f"Best round of {trainer.rounds_done}: {self.words(trainer)}{holds}.")
-        if has_stopped(trainer):
-            sentences.append(f"EarlyStoppingCallback ended the run after {trainer.rounds_done} rounds.")
-        return " ".join(sentences)
 
 
 class KeepsBestRound:
@@ -130,14 +99,27 @@ class KeepsBestRound:
     _best: BestRound
 
     @property
+    def _exportable(self) -> list[ExportableState]:
+        """The callbacks whose states checkpoints hold."""
+        return [each for each in self.callback_handler.callbacks if isinstance(each, ExportableState)]
+
+    @property
     def best_told(self) -> str:
         """A sentence on the best round, and one on a run that stopped early; empty without either."""
-        return self._best.told(self)
+        sentences = []
+        if self.best_words is not None:
+            holds = ", whose adapter the model holds" if self.args.load_best_model_at_end else ""
+            sentences.append(f"Best round of {self.rounds_done}: {self.best_words}{holds}.")
+        if has_stopped(self.state, self.callback_handler.callbacks):
+            sentences.append(f"EarlyStoppingCallback ended the run after {self.rounds_done} rounds.")
+        return " ".join(sentences)
 
     @property
     def best_words(self) -> str | None:
         """Which round is the best so far and by what, None if none was chosen."""
-        return self._best.words(self)
+        if self._best.round is None:
+            return None
+        return f"{self._best.round}, by {metric_key(self.args.metric_for_best_model)} {self.state.best_metric:.6g}"
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
@@ -161,11 +143,17 @@ class KeepsBestRound:
         if self.state.global_step != self.rounds_done * self.layout.steps_per_round:
             return False  # within a round, which has no checkpoint
         is_best = super()._determine_best_metric(metrics, trial)
-        self._best.judged(self, is_best)
+        if is_best:
+            self._best.round, self.state.best_global_step = self.rounds_done, self.state.global_step
+        # Kept are the best round, if it will be loaded, and the last one of a run that stops early.
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        self.control.should_save |= self.control.should_training_stop and self.args.save_rounds > 0
+        self._best.remember(self.state, self._exportable)
         return is_best
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        folder = self._best.load(self)
+        loads = self.args.load_best_model_at_end and self._best.round is not None
+        folder = self._best.load(self.args.output_dir, self.identity, self.learned) if loads else None
         if self.best_told:
             with told(Path(self.args.output_dir) / "README.md", RESUME):
                 self.create_model_card(model_name=Path(self.args.output_dir).name)
@@ -174,17 +162,17 @@ class KeepsBestRound:
         return output
 
 
-def has_stopped(trainer: "FederatedTrainer") -> bool:
+def has_stopped(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> bool:
     """Whether an EarlyStoppingCallback's patience is used up, which it also is when such a run is resumed."""
-    return trainer.state.best_metric is not None and any(
+    return state.best_metric is not None and any(
         callback.early_stopping_patience_counter >= callback.early_stopping_patience
-        for callback in trainer.callback_handler.callbacks
+        for callback in callbacks
         if isinstance(callback, EarlyStoppingCallback)
     )
 
 
 @contextmanager
-def evaluations_at_epochs(args: "FederatedSketchConfig") -> Iterator[None]:
+def evaluations_at_epochs(args: FederatedSketchConfig) -> Iterator[None]:
     """While a run is on, callbacks that ask for `eval_strategy` read that there are evaluations, at epochs' ends.
 
     The delay keeps the Trainer from adding some of its own.
@@ -205,7 +193,7 @@ def metric_key(name: str) -> str:
 
 
 def best_problems(
-    args: "FederatedSketchConfig", callbacks: Iterable[TrainerCallback], eval_dataset: Any, compute_metrics: Any
+    args: FederatedSketchConfig, callbacks: Iterable[TrainerCallback], eval_dataset: Any, compute_metrics: Any
 ) -> Iterator[str]:
     """Why a best round could not be told, as far as that is known before a model is loaded."""
     stops = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
@@ -237,10 +225,6 @@ def check_metric(name: str, metrics: Mapping[str, float]) -> None:
             f"Expected metric_for_best_model to be a metric of the evaluation, found {name!r} and the metrics "
             f"{', '.join(sorted(metrics))}: name one of these."
         )
-
-
-def _exportable(trainer: "FederatedTrainer") -> list[TrainerCallback]:
-    return [each for each in trainer.callback_handler.callbacks if isinstance(each, ExportableState)]
 
 
 def _saved(states: Any, name: str) -> list[Mapping[str, Any]]:

@@ -4,15 +4,14 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ..common.processes import agree
+from ..common.settings import written
 from ..rounds.watch import RunWatch
 from ..storage.checkpoint import SERVER_NAME, read_state, rotate, whole_folder
 from ..storage.disk_errors import RESUME, told
 from ..storage.files import whole_files
 from ..storage.ledger import read_records
-from .identity import identity
+from .best_round import BETWEEN_RUNS
 from .saving import Learned, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -32,21 +31,26 @@ class KeepsCheckpoints:
         if self.state.global_step != step and (step == 0 or target.exists()):
             return
         self.store_flos()
-        self._best.remember(self)
+        self._best.remember(self.state, self._exportable)
         with told(Path(self.args.output_dir) / "README.md", RESUME):
             self.create_model_card(model_name=Path(self.args.output_dir).name)
         self._publish()  # before the checkpoint: a run that is killed in between does the round again, and pushes it
         if self.args.should_save:
-            with whole_folder(target, self.rounds_done, identity(self), self._marker) as folder:
+            with whole_folder(target, self.rounds_done, self.identity, self._marker) as folder:
                 self.snapshot().save(folder)
                 if self._feedback is not None:
                     self._feedback.link_into(folder, self.rounds_done)
             self.rotate_checkpoints()
 
+    @property
+    def learned(self) -> Learned:
+        """The global adapter, and the base where the method changes it."""
+        return Learned.of(self.model, self.args.method)
+
     def snapshot(self, resumable: bool = True) -> Snapshot:
         """What is written of the last round that is over; `resumable`: also what a run goes on from."""
-        learned = Learned.of(self.model, self.args.method)
-        used = Snapshot(learned, self.processing_class, self.args, self.layout.block_size)
+        arguments = {**written(self.args), **BETWEEN_RUNS, "per_device_train_clients": self.layout.block_size}
+        used = Snapshot(self.learned, self.processing_class, arguments)
         if not resumable:
             return used
         # As at the round's end, also where the run is stopped within the next: what the file says must agree.
@@ -72,18 +76,10 @@ class KeepsCheckpoints:
             folder.mkdir(parents=True, exist_ok=True)
             self.snapshot(resumable=False).save(folder)
 
-    def load_adapter(self, folder: Path) -> None:
-        """Take the global adapter from a checkpoint, and the base where the method changes it."""
-        Learned.of(self.model, self.args.method).load(folder)
-
-    def learned_tensors(self) -> list[torch.Tensor]:
-        """What `load_adapter` writes to."""
-        return Learned.of(self.model, self.args.method).tensors()
-
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
         self.rounds_done = read_state(folder, verify=False)["round"]
-        self.load_adapter(folder)
+        self.learned.load(folder)
         self._engine.server.load(folder / SERVER_NAME, self.rounds_done)
         if self._feedback is not None:
             agree(lambda: self._feedback.restore(folder))
@@ -96,7 +92,7 @@ class KeepsCheckpoints:
         # The checkpoint's round counts, not its step, which another layout of processes and blocks may have written.
         self.state.global_step = self.rounds_done * self.layout.steps_per_round
         self.state.epoch = float(self.rounds_done)
-        self._best.recall(self)
+        self._best.recall(self.state, self._exportable, self.rounds_done, self.layout.steps_per_round)
         if self.args.upload_budget is not None and self.rounds_done:
             self._bytes_up = agree(lambda: sum(record["bytes_up"] for record in read_records(self.ledger_path)))
         self._round_callback.watch = agree(

@@ -6,12 +6,17 @@ Whatever comes from another's repository or a failing disk is refused here, whil
 import math
 import re
 import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from peft import PeftModel
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from ..common.foreign_text import foreign_names, foreign_value
+from ..config.federation import FederatedSketchConfig
 from ..methods import method_class
 from ..models.folding import FOLDED_NAME, FoldedBase
 from ..models.stack import global_pair, read_global_pair
@@ -23,16 +28,39 @@ from ..storage.ledger import Kept, find_rounds
 from ..updates.feedback import INDEX_NAME, check_waiting
 from .saving import ADAPTER_CONFIG, ADAPTER_NAME, ARGUMENTS_NAME, TRAINER_STATE, files_to_resume_from
 
-if TYPE_CHECKING:
-    from .federated import FederatedTrainer
-
 _BY_STEP = re.compile(r"checkpoint-(\d{1,18})")
 # As they stand in a file. By the path of a best checkpoint the Trainer loads and deletes; ours keeps the best round.
 _FIELDS = {"log_history": (list,), "stateful_callbacks": (dict,), "best_model_checkpoint": (type(None),)}
 _LARGEST = 1e300  # of a number in the Trainer's state, which adds to some of them
 
 
-def examine(trainer: "FederatedTrainer", folder: Path, state: dict[str, Any], ledger: Path) -> Kept:
+@dataclass(frozen=True)
+class ThisRun:
+    """The run that is about to begin, or to go on from a checkpoint that must be of it.
+
+    Args:
+        identity: of identity.py.
+        model: with the adapter that is trained.
+        client_ids: of all clients, ascending.
+        keeps_feedback: whether what clients leave out of their updates is kept with checkpoints.
+        callbacks: whose states are kept with checkpoints.
+        rounds_done: in the model as it is now.
+        steps_per_round: of the Trainer, as this run is laid out.
+        repository: its own on the Hub.
+    """
+
+    args: FederatedSketchConfig
+    identity: Mapping[str, Any]
+    model: PeftModel
+    client_ids: np.ndarray
+    keeps_feedback: bool
+    callbacks: Sequence[ExportableState]
+    rounds_done: int
+    steps_per_round: int
+    repository: str | None
+
+
+def examine(run: ThisRun, folder: Path, state: dict[str, Any], ledger: Path) -> Kept:
     """See that a run can go on from a checkpoint whose files have the checksums that its state file names.
 
     Args:
@@ -45,37 +73,37 @@ def examine(trainer: "FederatedTrainer", folder: Path, state: dict[str, Any], le
     Raises:
         CheckpointError: it cannot.
     """
-    rounds, args = state["round"], trainer.args
+    rounds, args = state["round"], run.args
     if rounds > args.num_rounds:
         raise CheckpointError(
             f"Expected a checkpoint of at most num_rounds={args.num_rounds} rounds, found {rounds} in {folder}: raise "
             "num_rounds, or resume from an earlier checkpoint."
         )
     folds = method_class(args.method).folds
-    needed = files_to_resume_from(folds) + [INDEX_NAME] * trainer.keeps_feedback
+    needed = files_to_resume_from(folds) + [INDEX_NAME] * run.keeps_feedback
     if missing := [name for name in needed if name not in state["files"]]:
         raise CheckpointError(
             f"Expected the checksums of what a run is resumed from in {folder / STATE_NAME}, found none of "
             f"{', '.join(missing)}: resume from another checkpoint."
         )
     read_arguments(folder)
-    _check_adapter_config(folder, trainer.model.peft_config["default"])
-    _check_trainer_state(trainer, folder, state)
+    _check_adapter_config(folder, run.model.peft_config["default"])
+    _check_trainer_state(run, folder, state)
     kept = find_rounds(ledger, rounds, state["ledger"])
     for number, record in enumerate(kept.records or (), start=1):
         check_round(record, f"line {number} of {ledger}")
-    _check_tensors(trainer, folder, rounds, folds)
+    _check_tensors(run, folder, rounds, folds)
     return kept
 
 
-def _check_tensors(trainer: "FederatedTrainer", folder: Path, rounds: int, folds: bool) -> None:
-    args, pair = trainer.args, global_pair(trainer.model)
-    read_global_pair(trainer.model, folder / ADAPTER_NAME)
+def _check_tensors(run: ThisRun, folder: Path, rounds: int, folds: bool) -> None:
+    args, pair = run.args, global_pair(run.model)
+    read_global_pair(run.model, folder / ADAPTER_NAME)
     ServerState(*pair, args.server_optim, args.resolved_server_learning_rate).read(folder / SERVER_NAME, rounds)
     if folds:
-        FoldedBase.of(trainer.model).read(folder / FOLDED_NAME)
-    if trainer.keeps_feedback:
-        check_waiting(folder, rounds, {*trainer.client_index.ids.tolist()}, pair)
+        FoldedBase.of(run.model).read(folder / FOLDED_NAME)
+    if run.keeps_feedback:
+        check_waiting(folder, rounds, {*run.client_ids.tolist()}, pair)
 
 
 def read_arguments(folder: Path) -> dict[str, Any]:
@@ -106,13 +134,13 @@ def _check_adapter_config(folder: Path, lora: Any) -> None:
         raise _damage(folder / ADAPTER_CONFIG, "the configuration of this run's adapter", error) from error
 
 
-def _check_trainer_state(trainer: "FederatedTrainer", folder: Path, state: dict[str, Any]) -> None:
+def _check_trainer_state(run: ThisRun, folder: Path, state: dict[str, Any]) -> None:
     path = folder / TRAINER_STATE
     try:
         values = read_object(path)
         _check_fields(values)
-        if trainer.args.restore_callback_states_from_checkpoint:
-            _check_callbacks(values.get("stateful_callbacks", {}), trainer)
+        if run.args.restore_callback_states_from_checkpoint:
+            _check_callbacks(values.get("stateful_callbacks", {}), run.callbacks)
     except DamagedFile as error:
         raise _damage(path, "the state of a Trainer", error) from error
     _check_round(folder, state, values["global_step"], values["epoch"])
@@ -170,13 +198,9 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, typing.get_origin(kind) or kind)
 
 
-def _check_callbacks(saved: Any, trainer: "FederatedTrainer") -> None:
+def _check_callbacks(saved: Any, callbacks: Sequence[ExportableState]) -> None:
     """See that what is set on callbacks is what callbacks of their names have saved."""
-    own = {
-        type(each).__name__: each.state()
-        for each in [*trainer.callback_handler.callbacks, trainer.control]
-        if isinstance(each, ExportableState)
-    }
+    own = {type(each).__name__: each.state() for each in callbacks}
     for name, states in saved.items():
         for each in (states if isinstance(states, list) else [states]) if name in own else ():
             for part in ("args", "attributes"):
@@ -190,14 +214,14 @@ def _damage(path: Path, what: str, found: Exception) -> CheckpointError:
     )
 
 
-def check_place(output_dir: Path, trainer: "FederatedTrainer") -> None:
+def check_place(output_dir: Path, keeps_feedback: bool) -> None:
     """See that what a run keeps in its folder beside checkpoints can be put there.
 
     Raises:
         ValueError: something of another kind is in its place.
     """
     folder = output_dir / FEEDBACK_NAME
-    if trainer.keeps_feedback and (folder.is_symlink() or folder.exists() and not folder.is_dir()):
+    if keeps_feedback and (folder.is_symlink() or folder.exists() and not folder.is_dir()):
         raise ValueError(
             f"Expected {folder} to be free for what clients leave out of their updates, found something else there: "
             "move it away."

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ from .checks import (
     check_trainer_arguments,
     raise_together,
 )
-from .identity import ranks_of_clients
+from .examine import ThisRun
+from .identity import identity, ranks_of_clients
 from .local_steps import LocalSteps, TrainsClients
 from .pushing import PushesRounds
 from .resume import find_start, saved_block
@@ -200,7 +201,7 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         on_host = self.args.device.type == "cpu" and host_memory.keep_freed_memory()
         try:
             agree(self._open_hub)
-            checkpoint = agree(lambda: find_start(self, resume))
+            checkpoint = agree(lambda: find_start(self.this_run, resume))
             if self.args.per_device_train_clients == AUTO:
                 self._lay_out(agree(lambda: saved_block(checkpoint)) or self._fit_block())
             self._open_run()
@@ -227,6 +228,26 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         if method.beside_global:
             received = beside(server, received)
         save_client_adapter(path, received, self.model.peft_config["default"])
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the run computes, as plain JSON values."""
+        return identity(self.args, self.model, self.train_dataset, len(self.client_index), self.cohort_size)
+
+    @property
+    def this_run(self) -> ThisRun:
+        """What a checkpoint to go on from is held against."""
+        return ThisRun(
+            args=self.args,
+            identity=self.identity,
+            model=self.model,
+            client_ids=self.client_index.ids,
+            keeps_feedback=self.keeps_feedback,
+            callbacks=[*self._exportable, self.control],
+            rounds_done=self.rounds_done,
+            steps_per_round=self.layout.steps_per_round,
+            repository=self.hub_model_id,
+        )
 
     @property
     def in_run(self) -> bool:
@@ -276,7 +297,8 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         budget = self.args.upload_budget
         spent = budget is not None and self._bytes_up >= budget * 1e6
         lost = self._round_callback.watch.run_is_lost
-        return spent or lost or self.rounds_done == self.args.num_rounds or has_stopped(self)
+        stopped = has_stopped(self.state, self.callback_handler.callbacks)
+        return spent or lost or stopped or self.rounds_done == self.args.num_rounds
 
     @property
     def rounds_left(self) -> int:

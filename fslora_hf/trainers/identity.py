@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..config.federation import FederatedSketchConfig
@@ -13,9 +15,6 @@ from ..data.rows import digest_rows
 from ..methods import method_class
 from ..models.description import quantization_of
 from ..models.stack import lora_layers
-
-if TYPE_CHECKING:
-    from .federated import FederatedTrainer
 
 DEFINING_ARGUMENTS = (
     "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
@@ -33,30 +32,33 @@ def ranks_of_clients(args: FederatedSketchConfig, clients: int, global_rank: int
     return client_ranks(clients, law=args.rank_distribution, min_rank=low, max_rank=high, seed=args.seed)
 
 
-def identity(trainer: "FederatedTrainer") -> dict[str, Any]:
+def identity(
+    args: FederatedSketchConfig, model: PeftModel, dataset: Dataset, clients: int, cohort_size: int
+) -> dict[str, Any]:
     """Everything that decides what a run computes, as plain JSON values. How it is laid out over processes, blocks and
-    micro-batches is not part of it, and neither is the number of rounds."""
-    if getattr(trainer, "_identity", None) is None:
-        args, lora = trainer.args, trainer.model.peft_config["default"]
-        values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS}
-        values |= {f"lora {name}": getattr(lora, name) for name in _DEFINING_LORA}
-        values |= {
-            "server_learning_rate": args.resolved_server_learning_rate,
-            "error_feedback": args.error_feedback or None,
-            "metric_for_best_model": args.metric_for_best_model,
-            "greater_is_better": args.greater_is_better,
-            "clients": len(trainer.client_index),
-            "clients_per_round": trainer.cohort_size,
-            "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            "client_ranks": None if args.client_ranks is None else _digest(args.client_ranks),
-            "model": _describe_model(trainer.model.get_base_model()),
-            "adapted layers": _digest(list(lora_layers(trainer.model))),
-            "data": digest_rows(trainer.train_dataset, args.client_id_column),
-        }
-        if method_class(args.method).folds:
-            values["base dtype"] = str(trainer.model.get_base_model().dtype)  # what is learned is kept in it
-        trainer._identity = json.loads(json.dumps(values, default=str))
-    return trainer._identity
+    micro-batches is not part of it, and neither is the number of rounds.
+
+    `dataset` holds the prepared rows of so many `clients`, of which `cohort_size` take part in a round.
+    """
+    base, lora = model.get_base_model(), model.peft_config["default"]
+    values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS}
+    values |= {f"lora {name}": getattr(lora, name) for name in _DEFINING_LORA}
+    values |= {
+        "server_learning_rate": args.resolved_server_learning_rate,
+        "error_feedback": args.error_feedback or None,
+        "metric_for_best_model": args.metric_for_best_model,
+        "greater_is_better": args.greater_is_better,
+        "clients": clients,
+        "clients_per_round": cohort_size,
+        "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "client_ranks": None if args.client_ranks is None else _digest(args.client_ranks),
+        "model": _describe_model(base),
+        "adapted layers": _digest(list(lora_layers(model))),
+        "data": digest_rows(dataset, args.client_id_column),
+    }
+    if method_class(args.method).folds:
+        values["base dtype"] = str(base.dtype)  # what is learned is kept in it
+    return json.loads(json.dumps(values, default=str))
 
 
 def _describe_model(model: PreTrainedModel) -> str:

@@ -1,12 +1,10 @@
 """A trainer's rounds on the Hub: the publisher takes the place of all pushes of the Trainer."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from ..common.processes import agree, rank
 from ..hub.publisher import RoundPublisher, find_target
-from .identity import identity
 
 
 class PushesRounds:
@@ -26,7 +24,7 @@ class PushesRounds:
 
     def _open_hub(self) -> None:
         if self.publisher is not None:
-            self.publisher.open(self, partial(identity, self))
+            self.publisher.open(self, lambda: self.identity)
 
     def _publish(self, resumed: bool = False) -> None:
         if self.publisher is not None:

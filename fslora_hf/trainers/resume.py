@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..evaluation.results import set_aside_later
 from ..hub.fetch import fetch_round, parse_source, take_in
@@ -21,11 +21,7 @@ from ..storage.files import make_folder, write_text
 from ..storage.json_file import DamagedFile, read_object
 from ..storage.ledger import LEDGER_NAME, Kept, keep_rounds
 from ..storage.result_files import IN_LOOP
-from .examine import check_place, examine, read_arguments
-from .identity import identity
-
-if TYPE_CHECKING:
-    from .federated import FederatedTrainer
+from .examine import ThisRun, check_place, examine, read_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -37,50 +33,50 @@ class OccupiedError(ValueError):
     """There is a run where another one was to begin."""
 
 
-def find_start(trainer: "FederatedTrainer", resume: str | bool | None) -> str | None:
+def find_start(run: ThisRun, resume: str | bool | None) -> str | None:
     """The folder of the checkpoint to resume from, None to start anew; leaves the run's folder ready for either.
 
     Raises:
         ValueError: the folder holds another run, there is nothing to resume from, or it is of another run or damaged.
     """
-    output_dir = Path(trainer.args.output_dir)
+    output_dir = Path(run.args.output_dir)
     try:
-        return _find_start(trainer, resume, output_dir)
+        return _find_start(run, resume, output_dir)
     finally:
         shutil.rmtree(output_dir / HUB_RESUME, ignore_errors=True)
 
 
-def _find_start(trainer: "FederatedTrainer", resume: str | bool | None, output_dir: Path) -> str | None:
+def _find_start(run: ThisRun, resume: str | bool | None, output_dir: Path) -> str | None:
     if not resume:
         refuse_occupied(output_dir)
-        _begin(trainer, output_dir)
+        _begin(run, output_dir)
         return None
-    fetched = _fetch(trainer, str(resume), output_dir)
+    fetched = _fetch(run, str(resume), output_dir)
     folder = last_checkpoint(output_dir) if resume is True else fetched or Path(resume)
     if folder is None:
-        return _start_over(trainer, output_dir)
+        return _start_over(run, output_dir)
     state = read_state(folder)
-    _refuse_other_run(folder, state["run"], identity(trainer))
+    _refuse_other_run(folder, state["run"], run.identity)
     elsewhere = folder.resolve().parent != output_dir.resolve()
     if elsewhere and fetched is None:
         refuse_occupied(output_dir)
-    kept = examine(trainer, folder, state, (folder.parent if elsewhere else output_dir) / LEDGER_NAME)
-    check_place(output_dir, trainer)
-    _tell_of_ledger(trainer, folder, state["round"], kept)
-    _warn_of_other_length(trainer, folder)
+    kept = examine(run, folder, state, (folder.parent if elsewhere else output_dir) / LEDGER_NAME)
+    check_place(output_dir, run.keeps_feedback)
+    _tell_of_ledger(run, folder, state["round"], kept)
+    _warn_of_other_length(run, folder)
     # Nothing is refused from here on.
     if not elsewhere:
         move_aside_later(output_dir, state["round"])
         set_aside_later(output_dir / IN_LOOP, state["round"])
-    _begin(trainer, output_dir)
+    _begin(run, output_dir)
     kept.write(output_dir / LEDGER_NAME)
     if fetched is not None:
-        folder = take_in(fetched, output_dir, f"checkpoint-{state['round'] * trainer.layout.steps_per_round}")
+        folder = take_in(fetched, output_dir, f"checkpoint-{state['round'] * run.steps_per_round}")
     return str(folder)
 
 
-def _tell_of_ledger(trainer: "FederatedTrainer", folder: Path, rounds: int, kept: Kept) -> None:
-    if kept.rounds < rounds and trainer.args.upload_budget is not None:
+def _tell_of_ledger(run: ThisRun, folder: Path, rounds: int, kept: Kept) -> None:
+    if kept.rounds < rounds and run.args.upload_budget is not None:
         raise CheckpointError(
             f"Expected the {rounds} rounds before {folder} in a ledger beside it, which says how much of "
             f"upload_budget is spent, found {kept.rounds}: copy {LEDGER_NAME} with the checkpoint, or remove "
@@ -93,10 +89,10 @@ def _tell_of_ledger(trainer: "FederatedTrainer", folder: Path, rounds: int, kept
         logger.warning(text, kept.path, folder, kept.mended)
 
 
-def _fetch(trainer: "FederatedTrainer", resume: str, output_dir: Path) -> Path | None:
+def _fetch(run: ThisRun, resume: str, output_dir: Path) -> Path | None:
     """The folder of a checkpoint that is named by its place on the Hub, None if it is not."""
-    args = trainer.args
-    source = parse_source(resume, trainer.hub_model_id or args.hub_model_id, args.hub_revision)
+    args = run.args
+    source = parse_source(resume, run.repository or args.hub_model_id, args.hub_revision)
     if source is None:
         return None
     # A ledger beside our own folder is what a kill left of an earlier call that took the run up.
@@ -111,26 +107,26 @@ def saved_block(checkpoint: str | None) -> int | None:
     return read_arguments(Path(checkpoint))["per_device_train_clients"]
 
 
-def _warn_of_other_length(trainer: "FederatedTrainer", folder: Path) -> None:
+def _warn_of_other_length(run: ThisRun, folder: Path) -> None:
     """A run may be made longer, but a schedule that ends with the run then takes other rates from here on."""
-    args = trainer.args
+    args = run.args
     saved = read_arguments(folder)["num_rounds"]
     if saved != args.num_rounds and not str(args.lr_scheduler_type.value).startswith("constant"):
         text = "The run was begun with num_rounds=%s and goes on with %s: its %s schedule differs from here on."
         logger.warning(text, saved, args.num_rounds, args.lr_scheduler_type.value)
 
 
-def _begin(trainer: "FederatedTrainer", output_dir: Path) -> None:
+def _begin(run: ThisRun, output_dir: Path) -> None:
     make_folder(output_dir)
     remove_partial(output_dir)
-    write_text(output_dir / IDENTITY_NAME, json.dumps(identity(trainer), indent=1) + "\n")
+    write_text(output_dir / IDENTITY_NAME, json.dumps(run.identity, indent=1) + "\n")
 
 
-def _start_over(trainer: "FederatedTrainer", output_dir: Path) -> None:
+def _start_over(run: ThisRun, output_dir: Path) -> None:
     """Begin again at round 0 if the folder holds this very run, killed before its first checkpoint."""
-    if trainer.rounds_done:
+    if run.rounds_done:
         raise CheckpointError(
-            f"Expected the initial adapter to begin again with, found one of {trainer.rounds_done} rounds and no "
+            f"Expected the initial adapter to begin again with, found one of {run.rounds_done} rounds and no "
             "checkpoint: build the trainer anew, or name another output_dir."
         )
     path = output_dir / IDENTITY_NAME
@@ -146,8 +142,8 @@ def _start_over(trainer: "FederatedTrainer", output_dir: Path) -> None:
             f"Expected the settings of the run that was begun here in {path}, found damage ({error}): start without "
             "resume_from_checkpoint in another output_dir, or remove this one."
         ) from error
-    _refuse_other_run(output_dir, saved, identity(trainer))
-    check_place(output_dir, trainer)
+    _refuse_other_run(output_dir, saved, run.identity)
+    check_place(output_dir, run.keeps_feedback)
     logger.warning("No finished checkpoint in %s; the run begins again at its first round.", output_dir)
     keep_rounds(output_dir / LEDGER_NAME, 0)
     set_aside_later(output_dir / IN_LOOP, 0)

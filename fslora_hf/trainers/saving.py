@@ -1,6 +1,7 @@
 """What a snapshot of a run holds, for a checkpoint or for the Hub: the files, how they are written and taken back."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from ..common.settings import written
-from ..config.federation import FederatedSketchConfig
 from ..methods import method_class
 from ..models.folding import FOLDED_NAME, FoldedBase
 from ..models.stack import global_pair, read_global_pair
 from ..rounds.server import ServerState
 from ..storage.checkpoint import SERVER_NAME
-from .best_round import BETWEEN_RUNS
 
 ADAPTER_NAME, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ARGUMENTS_NAME = "training_args.json"
@@ -73,15 +71,14 @@ class Snapshot:
     Args:
         learned: the global adapter and the base.
         tokenizer: which the adapter is used with.
-        args: the run's, of which `block_size` clients share a step.
+        arguments: what the run was told, by name.
         server: the server's state after the round.
         state: the Trainer's, as at the round's end.
     """
 
     learned: Learned
     tokenizer: PreTrainedTokenizerBase
-    args: FederatedSketchConfig
-    block_size: int
+    arguments: Mapping[str, Any]
     server: ServerState | None = None
     state: TrainerState | None = None
 
@@ -90,9 +87,7 @@ class Snapshot:
         `state` those that a run is resumed from."""
         self.learned.save(folder)
         self.tokenizer.save_pretrained(str(folder))
-        # The Trainer's pickled arguments become JSON.
-        values = {**written(self.args), **BETWEEN_RUNS, "per_device_train_clients": self.block_size}
-        arguments = json.dumps(values, indent=2, default=_plain)
+        arguments = json.dumps(self.arguments, indent=2, default=_plain)  # which the Trainer would pickle
         (folder / ARGUMENTS_NAME).write_text(arguments + "\n", encoding="utf-8")
         if self.server is not None:
             self.server.save(folder / SERVER_NAME)

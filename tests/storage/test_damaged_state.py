@@ -41,7 +41,7 @@ def start(whole_run, folder):
 
     def find(resume=True):
         whole_run[1].args.output_dir = str(folder)
-        return find_start(whole_run[1], resume)
+        return find_start(whole_run[1].this_run, resume)
 
     return find
 
@@ -296,7 +296,7 @@ def test_a_damaged_identity_of_a_run_without_checkpoints(folder, whole_run, text
     with pytest.raises(
         CheckpointError, match="Expected the settings of the run that was begun here in .*found damage"
     ):
-        find_start(trainer, True)
+        find_start(trainer.this_run, True)
     assert files(folder) == before
 
 
@@ -338,9 +338,9 @@ def test_after_a_refusal_the_next_try_is_not_refused_as_occupied(whole_run, fold
     DAMAGE["server shape"][0](folder)
     trainer.args.output_dir = str(new)
     with pytest.raises(CheckpointError, match="found .1, 1. in F32"):
-        find_start(trainer, str(folder / LAST))
+        find_start(trainer.this_run, str(folder / LAST))
     assert not new.exists() or not files(new)
-    assert find_start(trainer, str(whole / LAST)) == str(whole / LAST)
+    assert find_start(trainer.this_run, str(whole / LAST)) == str(whole / LAST)
     assert [line["round"] for line in ledger(new)] == [0, 1, 2]
 
 

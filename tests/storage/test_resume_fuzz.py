@@ -149,7 +149,7 @@ def attempt(case: Case, name: str, how: str, *, begins_again: bool) -> str:
     try:
         if begins_again:
             trainer.rounds_done = 0
-            assert find_start(trainer, True) is None
+            assert find_start(trainer.this_run, True) is None
             return "right"
         case.go_on(trainer)
     except ValueError as error:

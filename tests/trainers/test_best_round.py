@@ -63,7 +63,7 @@ def make(folder, *callbacks, losses=LOSSES, eval_rows=None, **args) -> Federated
 
 
 def learned(trainer) -> dict[str, torch.Tensor]:
-    return {str(number): tensor.clone() for number, tensor in enumerate(trainer.learned_tensors())}
+    return {str(number): tensor.clone() for number, tensor in enumerate(trainer.learned.tensors())}
 
 
 def equal(one: dict, other: dict) -> bool:
