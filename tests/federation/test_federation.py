@@ -1,6 +1,5 @@
 """A federation gives the simulator's adapter; what its server and its nodes tell each other, and what they keep."""
 
-import gc
 import importlib
 import json
 import math
@@ -28,9 +27,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def kept_nodes(source):
     """Nodes that all tests share, and that load anew what a recipe changes."""
-    gc.freeze()  # a round collects garbage, for which all that was imported so far need not be looked through
-    yield federated.make_nodes(source)
-    gc.unfreeze()
+    return federated.make_nodes(source)
 
 
 @pytest.fixture

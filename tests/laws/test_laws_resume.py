@@ -1,17 +1,19 @@
 """Law 3: stopped by SIGKILL at any moment and resumed from the last complete checkpoint equals uninterrupted.
 
-Every run is a process of its own (forked from a server that has done the imports, so it costs a second) and the kills
-are real. Bit for bit on the same layout, in fp32, with dropout and server Adam; up to rounding on another layout.
+What a kill leaves is the folder as it was: one run is photographed at each of its disk operations, and resumed from
+each photograph; that a real kill leaves the same is tested, too, and all kills within steps are real. Killed runs are
+processes of their own (forked from a server that has done the imports, so each costs a second). Bit for bit on the
+same layout, in fp32, with dropout and server Adam; up to rounding on another layout.
 """
 
 import shutil
 import signal
-from itertools import zip_longest
 
 import pytest
 
 from tests.support import reference
-from tests.support.worker_train import check_same_ledger, ledger, load_result
+from tests.support.photographs import differences, photograph
+from tests.support.worker_train import check_same_ledger, ledger, load_result, run
 
 pytest_plugins = ("tests.support.forked",)
 
@@ -47,9 +49,9 @@ def job(folder, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def uninterrupted(fork, tmp_path_factory):
-    """The folder of a whole run, and the disk operations that a kill can fall on."""
+    """The folder of a whole run with an album of it, and the disk operations that a kill can fall on."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, operations_of(fork, folder, SAVE)
+    return folder, album_of(fork, folder, SAVE)
 
 
 def last_checkpoint(folder):
@@ -147,63 +149,106 @@ def test_law_3_the_kills_fall_on_every_file(uninterrupted):
     assert sum(what.startswith("native write") and "safetensors" in what for what in operations.values()) >= 2, text
 
 
-def kill_at_each(operations, fork, whole, tmp_path, watch, rounds, prepare=None, begun=None, **changes):
-    """Kills a run at each of the numbered operations (its number -> what it is), and compares what resumes it.
+def album_of(fork, folder, watch, prepare=None, **changes) -> dict[int, str]:
+    """What a run does to the disk while watched: the number of each operation, and what it is.
 
-    Each starts from a copy of the folder `prepare`, if given. `rounds` are left, one less once a checkpoint has got
-    its name. Before operation `begun` there is no run to resume.
+    `<folder>/album/<number>/run` is the run's folder at each moment. The run begins in a copy of `prepare`, if given.
     """
-    wrong = []
-    named = next((n for n, what in operations.items() if what.startswith("os.rename checkpoint")), max(operations))
-    numbers = list(operations)
-    for pair in zip_longest(numbers[::2], numbers[1::2]):  # two at a time: they are most of this file's time
-        folders = {n: tmp_path / str(n) for n in pair if n}
-        for folder in folders.values():
-            shutil.copytree(prepare, folder) if prepare else folder.mkdir()
-        killed = fork(*(job(folders[n], watch=watch, kill={"operation": n}, **changes) for n in folders))
-        resumed = fork(*(job(folder, resume=True) for folder in folders.values()))
-        if begun is not None:  # a run that had not begun is refused in a sentence, and starts as new
-            resumed = [begin(fork, folders[n], code, n < begun) for n, code in zip(folders, resumed, strict=True)]
-        for n, codes in zip(folders, zip(killed, resumed, strict=True), strict=True):
-            try:
-                assert codes == (-signal.SIGKILL, 0)
-                check_same_end(folders[n], whole, rounds - (n > named))
-            except AssertionError as error:
-                wrong.append(f"{n} ({operations[n]}): {error}")
-            shutil.rmtree(folders[n])
-    assert not wrong, "\n".join(wrong)
-
-
-def begin(fork, folder, code: int, refused: bool) -> int | str:
-    """The exit code of a run started as new, where resuming nothing was rightly refused; or how it was refused."""
-    if not refused or code == 0:
-        return code
-    error = (folder / "end.error").read_text()
-    return fork(job(folder))[0] if error.startswith("CheckpointError: Expected") else error
-
-
-def operations_of(fork, folder, watch, **changes) -> dict[int, str]:
-    """What a run does to the disk while watched."""
-    assert fork(job(folder, watch=watch, operations=str(folder / "operations"), **changes)) == [0]
+    shutil.copytree(prepare, folder, dirs_exist_ok=True) if prepare else None
+    watched = job(folder, watch=watch, operations=str(folder / "operations"), album=str(folder / "album"), **changes)
+    assert fork(watched) == [0]
     return dict(enumerate((folder / "operations").read_text().splitlines(), start=1))
 
 
+def resume_from_each(operations, album, whole, tmp_path, rounds, begun=None):
+    """Resumes a run from its folder as it was at each of the numbered operations, and compares the ends.
+
+    In this process, and once from folders that are equal. `rounds` are left, one less once a checkpoint has got its
+    name. Before operation `begun` there is no run to resume.
+    """
+    wrong = []
+    named = next((n for n, what in operations.items() if what.startswith("os.rename checkpoint")), max(operations))
+    for numbers in equal_folders(album, operations):
+        n, folder = numbers[-1], tmp_path / "resumed"
+        shutil.copytree(album / str(n), folder)
+        try:
+            resume_or_begin(folder, refused=begun is not None and n < begun)
+            check_same_end(folder, whole, rounds - (n > named))
+        except (AssertionError, ValueError) as error:
+            wrong.append(f"{numbers} ({operations[n]}): {error}")
+        shutil.rmtree(folder)
+    assert not wrong, "\n".join(wrong)
+
+
+def equal_folders(album, numbers) -> list[list[int]]:
+    """The numbers, those whose photographs hold the same folders and files together."""
+    found = {}
+    for n in numbers:
+        paths = sorted((album / str(n)).rglob("*"))
+        key = tuple((str(path.relative_to(album / str(n))), path.is_file() and path.read_bytes()) for path in paths)
+        found.setdefault(key, []).append(n)
+    return list(found.values())
+
+
+def resume_or_begin(folder, refused: bool) -> None:
+    """Resumes a run; where there is none and that may be refused, in a sentence, begins it as new."""
+    try:
+        run(job(folder, resume=True))
+    except ValueError as error:
+        if not refused or not f"{type(error).__name__}: {error}".startswith("CheckpointError: Expected"):
+            raise
+        run(job(folder))
+
+
+def kill_and_resume(fork, number, operations, album, whole, tmp_path, watch, rounds, prepare=None, **changes):
+    """By a true SIGKILL: it leaves what the photograph shows, and a new process resumes from it."""
+    folder = tmp_path / f"killed-{number}"
+    shutil.copytree(prepare, folder) if prepare else folder.mkdir()
+    assert fork(job(folder, watch=watch, kill={"operation": number}, **changes)) == [-signal.SIGKILL]
+    left, seen = contents(folder / "run", folder), contents(album / str(number) / "run", album.parent)
+    assert not differences(left, seen), operations[number]
+    assert fork(job(folder, resume=True)) == [0]
+    named = next((n for n, what in operations.items() if what.startswith("os.rename checkpoint")), max(operations))
+    check_same_end(folder, whole, rounds - (number > named))
+
+
+def contents(folder, place) -> dict[str, str]:
+    """What is in a folder, but for clocks, the process that holds it, and the place where the run was."""
+    found = photograph(folder)
+    found.pop(".run.lock", None)
+    return {name: content.replace(str(place), "") for name, content in found.items()}
+
+
+def first(operations, *beginnings) -> list[int]:
+    """The first operation of each beginning."""
+    return [next(n for n, what in operations.items() if what.startswith(beginning)) for beginning in beginnings]
+
+
 @pytest.mark.slow
-def test_law_3_killed_at_every_disk_operation_of_a_save(uninterrupted, fork, tmp_path):
+def test_law_3_killed_at_every_disk_operation_of_a_save(uninterrupted, tmp_path):
     """Before, in the middle of and after each write, rename and removal between two rounds."""
     whole, operations = uninterrupted
-    kill_at_each(operations, fork, whole, tmp_path, SAVE, ROUNDS - 1)
+    resume_from_each(operations, whole / "album", whole, tmp_path, ROUNDS - 1)
+
+
+@pytest.mark.slow
+def test_law_3_a_kill_leaves_what_the_photograph_shows(uninterrupted, fork, tmp_path):
+    whole, operations = uninterrupted
+    for n in first(operations, "open ", "opened ", "half written ", "torn ", "os.rename checkpoint"):
+        kill_and_resume(fork, n, operations, whole / "album", whole, tmp_path, SAVE, ROUNDS - 1)
 
 
 @pytest.mark.slow
 def test_law_3_killed_at_every_disk_operation_of_a_removal(uninterrupted, fork, tmp_path):
     """While the checkpoint that a proven one has taken the place of is renamed and its files go."""
     whole, _ = uninterrupted
-    (tmp_path / "look").mkdir()
-    operations = operations_of(fork, tmp_path / "look", REMOVAL)
+    look = tmp_path / "look"
+    operations = album_of(fork, look, REMOVAL)
     gone = {n: what for n, what in operations.items() if f".checkpoint-{STEPS}.partial" in what}
     assert len(gone) > 8 and any("rename" in what for what in gone.values()), operations
-    kill_at_each(gone, fork, whole, tmp_path, REMOVAL, ROUNDS - 2)
+    resume_from_each(gone, look / "album", whole, tmp_path, ROUNDS - 2)
+    middle = sorted(gone)[len(gone) // 2]
+    kill_and_resume(fork, middle, gone, look / "album", whole, tmp_path, REMOVAL, ROUNDS - 2)
 
 
 @pytest.mark.slow
@@ -213,14 +258,14 @@ def test_law_3_killed_before_the_first_checkpoint_is_whole(uninterrupted, fork, 
     A kill before the first round's first step leaves no run at all; that may be refused, but not with a traceback.
     """
     whole, _ = uninterrupted
-    (tmp_path / "look").mkdir()
-    watch = [-1, STEPS + 1]
-    operations = operations_of(fork, tmp_path / "look", watch)
+    look, watch = tmp_path / "look", [-1, STEPS + 1]
+    operations = album_of(fork, look, watch)
     first_round = next(n for n, what in operations.items() if "rounds.jsonl" in what)
     first_save = next(n for n, what in operations.items() if "checkpoint" in what)
     moments = {n: what for n, what in operations.items() if n <= first_save or "federated" in what or "rename" in what}
     assert len(moments) > 8, moments
-    kill_at_each(moments, fork, whole, tmp_path, watch, ROUNDS, begun=first_round)
+    resume_from_each(moments, look / "album", whole, tmp_path, ROUNDS, begun=first_round)
+    kill_and_resume(fork, first_save, moments, look / "album", whole, tmp_path, watch, ROUNDS)
 
 
 @pytest.mark.slow
@@ -228,15 +273,17 @@ def test_law_3_killed_while_resuming(uninterrupted, fork, tmp_path):
     """A kill before a checkpoint has its name, so that the ledger is ahead of the last one, and another at each write
     with which a resumed run begins."""
     whole, _ = uninterrupted
-    stopped, look = tmp_path / "stopped", tmp_path / "look"
+    stopped, look, watch = tmp_path / "stopped", tmp_path / "look", [-1, 1]
     stopped.mkdir()
     unnamed = {"operation": f"os.rename checkpoint-{2 * STEPS}"}
     assert fork(job(stopped, watch=SAVE, kill=unnamed)) == [-signal.SIGKILL]
     assert len(ledger(stopped / "run")) == 2
-    shutil.copytree(stopped, look)
-    operations = operations_of(fork, look, [-1, 1], resume=True)
-    assert any("rounds.jsonl" in what for what in operations.values()), operations
-    kill_at_each(operations, fork, whole, tmp_path, [-1, 1], ROUNDS - 1, prepare=stopped, resume=True)
+    operations = album_of(fork, look, watch, stopped, resume=True)
+    (cut, *_) = [n for n, what in operations.items() if "rounds.jsonl" in what]
+    resume_from_each(operations, look / "album", whole, tmp_path, ROUNDS - 1)
+    kill_and_resume(
+        fork, cut, operations, look / "album", whole, tmp_path, watch, ROUNDS - 1, prepare=stopped, resume=True
+    )
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 FSLORA_KILLS=20 plays as many kills of each; a few are enough to see that the ends are looked at.
 """
 
-import multiprocessing
 import os
 
 import pytest
@@ -12,19 +11,12 @@ from tests.support import compared
 from tests.support.evaluated import ROOT, recipe
 from tests.support.random_kills import Player, kills
 
-pytest_plugins = ("tests.support.evaluated",)
+pytest_plugins = ("tests.support.evaluated", "tests.support.forked")
 
 NUMBER = int(os.environ.get("FSLORA_KILLS", "2"))
 SEED = int(os.environ.get("FSLORA_KILLS_SEED", "0"))
 CHANGES = {"save_rounds": 1, "lora_dropout": 0.1, "max_length": 512, "activation_checkpointing": False}
 CHANGES |= {"lora_target_modules": ["q_proj", "v_proj"], "learning_rate": 0.05, "eval_rows_per_task": 12}
-
-
-@pytest.fixture(scope="module")
-def server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.random_kills"])
-    return context
 
 
 def test_an_evaluation_that_is_killed(run, base, server, tmp_path):

@@ -17,7 +17,7 @@ from fslora_hf.storage.disk_errors import WriteError
 from recipes.leaderboard import write_leaderboard
 from tests.evaluation.test_evaluate import results_of
 from tests.support.full_disk import FullDisk
-from tests.support.random_kills import differences, photograph
+from tests.support.photographs import differences, photograph
 from tests.support.result_files import REFERENCE, evaluation
 from tests.support.worker_train import build
 

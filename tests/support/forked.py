@@ -3,6 +3,7 @@
 A test file says `pytest_plugins = ("tests.support.forked",)`.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -22,11 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 120  # seconds
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
-    """A server whose children find everything imported."""
+    """A server whose children find everything imported; it is there."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.warm"])
+    first = context.Process(target=gc.collect)
+    first.start()
+    first.join()
     return context
 
 

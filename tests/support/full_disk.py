@@ -9,6 +9,8 @@ from pathlib import Path
 
 import safetensors.torch
 
+from tests.support.disk_operations import WrappedFile
+
 
 class FullDisk:
     """A context in which the operations below `root` that take room are counted, and fail from number `at` on.
@@ -74,11 +76,12 @@ class FullDisk:
         return watched
 
 
-class Filling:
+class Filling(WrappedFile):
     """A file whose writes take room."""
 
     def __init__(self, file, take):
-        self._file, self._take = file, take
+        super().__init__(file)
+        self._take = take
 
     def write(self, content):
         self._take()
@@ -87,13 +90,3 @@ class Filling:
     def writelines(self, lines):
         for line in lines:
             self.write(line)
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-    def __enter__(self):
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *reason):
-        return self._file.__exit__(*reason)

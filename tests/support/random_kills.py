@@ -6,7 +6,6 @@ comparison, the kill takes the script and its run, or the script alone, whose ru
 
 import os
 import random
-import re
 import runpy
 import shutil
 import signal
@@ -21,16 +20,10 @@ import fslora_hf.comparison.results as results
 import recipes.compare
 import recipes.evaluate
 import recipes.train  # noqa: F401  (ready for forked children)
-from tests.support.worker_train import DiskOperations
+from tests.support.disk_operations import DiskOperations
+from tests.support.photographs import differences, photograph
 
 ROOT = Path(__file__).parents[2]
-# What a run may differ in from one that was not killed.
-CLOCKS = re.compile(
-    r'"(seconds|time|resumed|minutes_left|\w*runtime|\w*_per_second|total_flos|resume_from_checkpoint)": [^,}\n]+'
-)
-# The Trainer's means and sums since a run's last log, its start or its resumption.
-WINDOWS = re.compile(r'"(loss|train_loss|entropy|mean_token_accuracy|(?:eval_)?num_tokens)": [^,}\n]+')
-
 at_end: list[Callable[[], None]] = []  # called when a script has ended, in the processes forked from this one, too
 
 
@@ -137,13 +130,12 @@ class Player:
     def whole(self) -> dict[str, str]:
         """What an uninterrupted run leaves; notes how long it takes and how many operations it does."""
         counted = self.scratch / "counted"
-        for _ in range(2):  # in the first, the fork server starts
-            self.clear()
-            began = time.monotonic()
-            process = self.start(counted=counted)
-            process.join(300)
-            assert process.exitcode == 0, self.said.read_text()[-3000:]
-            self.seconds = time.monotonic() - began
+        self.clear()
+        began = time.monotonic()
+        process = self.start(counted=counted)
+        process.join(300)
+        assert process.exitcode == 0, self.said.read_text()[-3000:]
+        self.seconds = time.monotonic() - began
         self.operations = max(map(int, counted.read_text().split()))
         return photograph(self.root)
 
@@ -171,46 +163,6 @@ class Player:
     def clear(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
         self.said.unlink(missing_ok=True)
-
-
-def photograph(folder: Path) -> dict[str, str]:
-    """Every file below a folder and what is in it, but for what clocks and drawn names say.
-
-    A round that was evaluated and then killed before its checkpoint leaves its scores under a name of their own when
-    it is done again: they must be the same ones.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = {path.relative_to(folder).as_posix(): _content(path) for path in files}
-    for name in [name for name in found if ".superseded" in name]:
-        assert found.pop(name) == found[name.split(".superseded")[0]], name
-    return found
-
-
-def _content(path: Path) -> str:
-    if path.suffix == ".log":
-        text = path.read_text(errors="replace")
-        assert "Traceback" not in text, text[-3000:]
-        return ""
-    if path.suffix in (".svg", ".html") or path.name == "federated_state.json":
-        return ""  # names in drawings are random; a state holds the checksums of files with clocks in them
-    content = path.read_bytes()
-    if path.suffix in (".png", ".safetensors"):
-        return content.hex()
-    text = CLOCKS.sub(r'"\1": 0', content.decode())
-    return WINDOWS.sub(r'"\1": 0', text) if path.name == "trainer_state.json" else text
-
-
-def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
-    """Names of files that one of two folders lacks, or that differ."""
-    return [f"{name}: {_told(found.get(name), expected.get(name))}" for name in sorted({*found, *expected})
-            if found.get(name) != expected.get(name)]  # fmt: skip
-
-
-def _told(found: str | None, expected: str | None) -> str:
-    if found is None or expected is None:
-        return "missing" if found is None else "too much"
-    at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -40)
-    return f"{found[max(0, at - 60) : at + 40]!r} in place of {expected[max(0, at - 60) : at + 40]!r}"
 
 
 def kills(player: Player, number: int, seed: int, say: Callable[[str], None] = print) -> int:

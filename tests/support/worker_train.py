@@ -13,14 +13,14 @@ that the test forks. A job:
     patience          of an EarlyStoppingCallback
     result            path; this process's final global adapter is written to `<result>.<rank>.safetensors`, or what
                       train() refused to do, to `<result>.error`; how many steps it took, to `<result>.steps`
-    operations        path; the disk operations of the watched round are written there, one a line
     watch             [first, last): optimizer steps of this process in which disk operations are counted, and the
                       beginning of the last; first = -1 is the moment before train()
+    operations        path; the watched disk operations are written there, one a line
+    album             folder; what output_dir holds at each of them is copied to `<album>/<number>/run`
     kill              {"operation": n} at the n-th of them, or at the first of that text, or
                       {"event": "on_substep_end", "step": n} in the n-th step
 """
 
-import io
 import json
 import os
 import signal
@@ -36,6 +36,7 @@ from fslora_hf.common.processes import leave
 from fslora_hf.config.federation import FederatedSketchConfig
 from fslora_hf.trainers.sft import FederatedSketchTrainer
 from tests.support import reference, tiny
+from tests.support.disk_operations import DiskOperations
 
 # Recomputing activations, TRL's default, only costs time here; one configuration of law 1 turns it on.
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1000}
@@ -66,8 +67,10 @@ def build(
 
 
 def run(job: dict) -> None:
-    disk = DiskOperations(job["output_dir"], (job.get("kill") or {}).get("operation"))
-    killer = Killer(job.get("kill") or {}, disk, job.get("watch") or [0, 0])
+    disk = None
+    if "watch" in job:
+        disk = DiskOperations(job["output_dir"], (job.get("kill") or {}).get("operation"), job.get("album"))
+    killer = Killer(job.get("kill") or {}, disk, job.get("watch"))
     trainer = build(
         job["output_dir"],
         job["args"],
@@ -78,7 +81,8 @@ def run(job: dict) -> None:
     )
     if job.get("zeroed"):
         trainer.model.get_submodule(job["zeroed"]).weight.data.zero_()
-    disk.armed = killer.watch[0] < 0
+    if disk:
+        disk.armed = killer.watch[0] < 0
     try:
         trainer.train(resume_from_checkpoint=True if job.get("resume") else None)
     except ValueError as error:
@@ -141,14 +145,14 @@ def check_same_ledger(folder, expected_folder, beside=(), rtol=1e-9):
 class Killer(TrainerCallback):
     """Counts the optimizer steps of this process; kills it inside one, or lets `disk` do so at an operation."""
 
-    def __init__(self, kill: dict, disk: "DiskOperations", watch: list[int]):
+    def __init__(self, kill: dict, disk: DiskOperations | None, watch: list[int] | None):
         self.kill, self.disk, self.watch, self.step = kill, disk, watch, 0
 
     def on_step_begin(self, *args, **kwargs):
-        if self.step == self.watch[1]:
+        if self.disk and self.step == self.watch[1]:
             self.disk.happens("next round begins", self.disk.root)
             self.disk.armed = False
-        elif self.step == self.watch[0]:
+        elif self.disk and self.step == self.watch[0]:
             self.disk.armed = True
         self._maybe_kill("on_step_begin")
 
@@ -168,105 +172,6 @@ class Killer(TrainerCallback):
     def _maybe_kill(self, event: str) -> None:
         if self.kill.get("event") == event and self.kill["step"] == self.step and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-class DiskOperations:
-    """Numbers everything this process does to the files under `root` while armed; SIGKILL at number or text `kill_at`.
-
-    A number stands for the moment before an operation, and for three moments within one: a file exists but is empty;
-    half of its first write is there; half of what a native writer (safetensors, torch.save) wrote is there. A kill
-    spares what the kernel has been given, so synchronising is no moment of its own.
-    """
-
-    def __init__(self, root, kill_at: int | str | None = None):
-        self.root, self.kill_at = os.path.abspath(root), kill_at
-        self.armed, self.log = False, []
-        sys.addaudithook(self._audit)
-        io.open = sys.modules["builtins"].open = self._opening(io.open)
-        safetensors.torch.serialize_file = self._torn(safetensors.torch.serialize_file)
-        torch.save = self._torn(torch.save)
-
-    def happens(self, what: str, path, tear: bool = False) -> None:
-        place = self._place(path)
-        if not self.armed or place is None:
-            return
-        self.log.append(f"{what} {place}")
-        if self.kill_at in (len(self.log), self.log[-1]):
-            if tear:
-                os.truncate(os.path.join(self.root, place), os.path.getsize(os.path.join(self.root, place)) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def _place(self, path, folder: int = -1) -> str | None:
-        """`path` (or what the descriptor stands for) relative to the root, None if it is elsewhere."""
-        if not isinstance(path, (str, bytes, os.PathLike)):
-            path = path if isinstance(path, int) else path.fileno()
-            path = os.readlink(f"/proc/self/fd/{path}")
-        path = os.fsdecode(path)
-        if folder >= 0:
-            path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
-        path = os.path.abspath(path)
-        return os.path.relpath(path, self.root) if (path + os.sep).startswith(self.root + os.sep) else None
-
-    def _audit(self, event: str, args: tuple) -> None:
-        if not self.armed:
-            return
-        if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
-            if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                self.happens("open", args[0])
-        elif event in ("os.rename", "os.link", "os.symlink"):
-            self.happens(event, args[1])
-        elif event in ("os.remove", "os.rmdir", "os.mkdir"):
-            place = self._place(args[0], args[-1])
-            if place is not None and os.path.exists(os.path.join(self.root, place)) == (event != "os.mkdir"):
-                self.happens(event, os.path.join(self.root, place))
-        elif event == "os.truncate":
-            self.happens(event, args[0])
-
-    def _torn(self, write):
-        def watched(content, path, *args, **kwargs):
-            self.happens("native write", path) if isinstance(path, (str, os.PathLike)) else None
-            result = write(content, path, *args, **kwargs)
-            self.happens("torn", path, tear=True) if isinstance(path, (str, os.PathLike)) else None
-            return result
-
-        return watched
-
-    def _opening(self, function):
-        def watched(path, mode="r", *args, **kwargs):
-            file = function(path, mode, *args, **kwargs)
-            if not self.armed or not set(mode) & set("wax+") or self._place(path) is None:
-                return file
-            self.happens("opened", path)
-            return HalfWriter(file, lambda: self.happens("half written", path))
-
-        return watched
-
-
-class HalfWriter:
-    """A file whose first write comes in two halves, with `between` called between them."""
-
-    def __init__(self, file, between):
-        self._file, self._between = file, between
-
-    def write(self, content) -> int:
-        if self._between is not None:
-            between, self._between = self._between, None
-            self._file.write(content[: len(content) // 2])
-            self._file.flush()
-            between()
-            self._file.write(content[len(content) // 2 :])
-            return len(content)
-        return self._file.write(content)
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-    def __enter__(self):
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *reason):
-        return self._file.__exit__(*reason)
 
 
 if __name__ == "__main__":
