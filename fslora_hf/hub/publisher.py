@@ -7,19 +7,21 @@ pushing goes on beside training, and what it does or fails to do never reaches t
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub.constants import ENDPOINT
 
-from ..models.description import quantization_of
+from ..config.federation import FederatedSketchConfig
 from ..reports.entries import parse_entry
 from ..reports.ledger import read_ledger, totals
 from ..storage.checkpoint import write_state
 from ..storage.ledger import LEDGER_NAME
 from ..storage.result_files import IN_LOOP, RESULTS
-from .card import COMMONSENSE, CardContext, eval_results_yaml, render_card
+from .card import CardContext, eval_results_yaml, render_card
 from .errors import HubError
 from .fetch import RESULTS_FOLDER, RESUMED
 from .figures import note_figures
@@ -28,16 +30,12 @@ from .pusher import BackgroundPusher, Report, push_pending
 from .remote import HubTarget, Remote, check_target
 from .uploader import check_run
 
-if TYPE_CHECKING:
-    from ..config.federation import FederatedSketchConfig
-    from ..trainers.federated import FederatedTrainer
-
 logger = logging.getLogger(__name__)
 
 _CHECK_S = 60.0  # seconds for the questions before the first step
 
 
-def find_target(args: "FederatedSketchConfig") -> tuple[HubTarget, bool]:
+def find_target(args: FederatedSketchConfig) -> tuple[HubTarget, bool]:
     """Where the rounds of a run go, with the repository's full name, and whether the Hub could be reached.
 
     Raises:
@@ -49,6 +47,27 @@ def find_target(args: "FederatedSketchConfig") -> tuple[HubTarget, bool]:
     return found or target, found is not None
 
 
+@dataclass(frozen=True)
+class RoundOver:
+    """The round of a run that was the last to end.
+
+    Args:
+        number: rounds that are done.
+        is_last: whether the run ends with it.
+        ledger: the run's, with this round in it.
+        log: the Trainer's, of which the losses on held-out rows are told.
+        save: writes the snapshot of the run as it is now into a folder.
+        facts: fields of `CardContext`, but for those that the publisher knows.
+    """
+
+    number: int
+    is_last: bool
+    ledger: Path
+    log: Sequence[Mapping[str, Any]]
+    save: Callable[[Path], None]
+    facts: Callable[[], Mapping[str, Any]]
+
+
 class RoundPublisher:
     """Pushes the rounds of one run; the first process has one, the others have none.
 
@@ -56,23 +75,24 @@ class RoundPublisher:
         reached: whether the Hub answered when the target was found; if not, that was told already.
     """
 
-    def __init__(self, args: "FederatedSketchConfig", target: HubTarget, reached: bool):
-        self.target, self.report = target, None
+    def __init__(self, args: FederatedSketchConfig, target: HubTarget, reached: bool):
+        self.target, self.report, self._args = target, None, args
         self._limits = {"deadline_s": args.hub_deadline}
         self._told = () if reached else ("network", "server")
         self._pusher: BackgroundPusher | None = None
 
-    def open(self, trainer: "FederatedTrainer", identity: Callable[[], Mapping[str, Any]]) -> None:
-        """See, before anything of the run is changed, that its rounds can go where they shall.
+    def open(self, identity: Callable[[], Mapping[str, Any]]) -> None:
+        """See, before anything of the run is changed, that its rounds can go where they shall; `identity` tells what
+        makes it that run.
 
         Raises:
             HubError: the outbox is of other rounds, or the repository of another run.
             OSError: there can be no outbox.
         """
-        self.trainer, self._identity = trainer, identity
+        self._identity = identity
         self._lost: dict[int, str] = {}
         self._published = 0
-        self.outbox = Outbox(Path(trainer.args.output_dir) / OUTBOX_NAME)
+        self.outbox = Outbox(Path(self._args.output_dir) / OUTBOX_NAME)
         self._refuse_other_target()
         if not self._told:
             self._check_run(identity())
@@ -108,23 +128,22 @@ class RoundPublisher:
                 raise
             logger.warning("%s", error)
 
-    def publish(self, resumed: bool = False) -> None:
+    def publish(self, over: RoundOver, resumed: bool = False) -> None:
         """Take the snapshot of the round that is just over, if it is one to push and was not taken before.
 
         Args:
             resumed: it was over in an earlier call of `train()`, and may have a snapshot from then.
         """
-        args, done = self.trainer.args, self.trainer.rounds_done
+        every, done = self._args.push_rounds, over.number
         if self._pusher is None or done == self._published:
             return
-        ends = self.trainer.run_ends or self.trainer.control.should_training_stop
-        if not ends and (args.push_rounds == 0 or done % args.push_rounds):
+        if not over.is_last and (every == 0 or done % every):
             return
         self._published = done
         if resumed and self.outbox.holds(done):
             return
         try:
-            self.outbox.add(done, self._fill)
+            self.outbox.add(done, partial(self._fill, over))
         except Exception as error:  # a full disk, a card that cannot be drawn: whatever it is, training goes on
             known = isinstance(error, OSError)
             self._lost[done] = str(error) if known else f"Expected to keep round {done} for pushing, found {error!r}"
@@ -136,7 +155,7 @@ class RoundPublisher:
         if self._pusher is not None:
             rounds = len(self.outbox.pending()) if wait else 0
             # Other processes may be waiting for this one, which they do for some minutes and no longer.
-            rounds = min(rounds, 1) if self.trainer.args.world_size > 1 else rounds
+            rounds = min(rounds, 1) if self._args.world_size > 1 else rounds
             report = self._pusher.close(wait_s=self._limits["deadline_s"] * rounds)
             self.report, self._pusher = report.with_lost(self._lost), None
         return self.report
@@ -147,64 +166,43 @@ class RoundPublisher:
             self.report = push_pending(self.target, self.outbox, **self._limits).with_lost(self._lost)
         return self.report
 
-    def _fill(self, folder: Path) -> None:
-        trainer, args = self.trainer, self.trainer.args
-        trainer.snapshot(resumable=args.push_resume_state).save(folder)
-        shutil.copyfile(trainer.ledger_path, folder / LEDGER_NAME)
-        write_state(folder, trainer.rounds_done, self._identity(), RESUMED if args.push_resume_state else ())
-        results = self._copy_results(folder) if args.push_eval_results else []
+    def _fill(self, over: RoundOver, folder: Path) -> None:
+        args = self._args
+        over.save(folder)
+        shutil.copyfile(over.ledger, folder / LEDGER_NAME)
+        write_state(folder, over.number, self._identity(), RESUMED if args.push_resume_state else ())
+        results = self._copy_results(folder, over.number) if args.push_eval_results else []
         rounds = read_ledger(folder / LEDGER_NAME)
-        evaluation = {round(row["epoch"]): row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
-        plots = note_figures(folder.parent, f"{args.method}, {len(rounds)} rounds", evaluation, results)
-        context = self._context(rounds, results, plots)
+        evaluation = {round(row["epoch"]): row["eval_loss"] for row in over.log if "eval_loss" in row}
+        context = CardContext(
+            name=self.target.repo_id.split("/")[-1],
+            repo_id=self.target.repo_id,
+            method=args.method,
+            local_steps=args.local_steps,
+            rounds_done=over.number,
+            num_rounds=args.num_rounds,
+            totals=totals(rounds),
+            results=results,
+            plots=note_figures(folder.parent, f"{args.method}, {len(rounds)} rounds", evaluation, results),
+            pushed_rounds=[each.round for each in self.outbox.all() if each.round < over.number],
+            endpoint=ENDPOINT,
+            **over.facts(),
+        )
         (folder / "README.md").write_text(render_card(context), encoding="utf-8")
         scores = eval_results_yaml(context) if args.push_eval_yaml else None
         if scores is not None:
             (folder / ".eval_results").mkdir()
             (folder / ".eval_results" / "fslora_hf.yaml").write_text(scores, encoding="utf-8")
 
-    def _context(self, rounds: list[dict], results: list[dict], plots: dict[str, str]) -> CardContext:
-        trainer, args = self.trainer, self.trainer.args
-        lora = trainer.model.peft_config["default"]
-        base = trainer.model.get_base_model()
-        targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
-        low, high = int(trainer.client_ranks.min()), int(trainer.client_ranks.max())
-        facts = {"data": f"{len(trainer.train_dataset):,} rows", **trainer.card_facts}
-        return CardContext(
-            name=self.target.repo_id.split("/")[-1],
-            repo_id=self.target.repo_id,
-            base_model=base.config.name_or_path,
-            base_revision=getattr(base.config, "_commit_hash", None),
-            quantization=quantization_of(base),
-            method=args.method,
-            rank=lora.r,
-            alpha=lora.lora_alpha,
-            target_modules=targets,
-            client_ranks=str(low) if low == high else f"{low} to {high}",
-            num_clients=len(trainer.client_index),
-            clients_per_round=trainer.cohort_size,
-            local_steps=args.local_steps,
-            rounds_done=trainer.rounds_done,
-            num_rounds=args.num_rounds,
-            totals=totals(rounds),
-            best=trainer.best_words,
-            results=results,
-            benchmarks=COMMONSENSE if facts.pop("commonsense", False) else {},
-            plots=plots,
-            pushed_rounds=[each.round for each in self.outbox.all() if each.round < trainer.rounds_done],
-            endpoint=ENDPOINT,
-            **facts,
-        )
-
-    def _copy_results(self, folder: Path) -> list[dict]:
+    def _copy_results(self, folder: Path, round: int) -> list[dict]:
         """The result files of every evaluated round so far, beside the adapter; returns what they hold."""
         found = []
-        for path in sorted((Path(self.trainer.args.output_dir) / IN_LOOP).glob(f"*{RESULTS}")):
+        for path in sorted((Path(self._args.output_dir) / IN_LOOP).glob(f"*{RESULTS}")):
             text = path.read_text(encoding="utf-8", errors="replace")
             try:
                 parse_entry(text, None, path.as_posix())  # it may have come from the Hub with the round
             except ValueError as error:
-                logger.warning("Left out of the card of round %d: %s", self.trainer.rounds_done, error)
+                logger.warning("Left out of the card of round %d: %s", round, error)
                 continue
             content = json.loads(text)
             (folder / RESULTS_FOLDER).mkdir(exist_ok=True)

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.processes import agree, rank
-from ..hub.publisher import RoundPublisher, find_target
+from ..hub.card_context import COMMONSENSE
+from ..hub.publisher import RoundOver, RoundPublisher, find_target
+from ..models.description import quantization_of
 
 
 class PushesRounds:
@@ -24,11 +26,40 @@ class PushesRounds:
 
     def _open_hub(self) -> None:
         if self.publisher is not None:
-            self.publisher.open(self, lambda: self.identity)
+            self.publisher.open(lambda: self.identity)
 
     def _publish(self, resumed: bool = False) -> None:
-        if self.publisher is not None:
-            self.publisher.publish(resumed)
+        if self.publisher is None:
+            return
+        over = RoundOver(
+            number=self.rounds_done,
+            is_last=self.run_ends or self.control.should_training_stop,
+            ledger=self.ledger_path,
+            log=self.state.log_history,
+            save=lambda folder: self.snapshot(resumable=self.args.push_resume_state).save(folder),
+            facts=self._card_facts,
+        )
+        self.publisher.publish(over, resumed)
+
+    def _card_facts(self) -> dict[str, Any]:
+        """Fields of CardContext that tell of the model and the clients."""
+        base, lora = self.model.get_base_model(), self.model.peft_config["default"]
+        targets, low, high = lora.target_modules, int(self.client_ranks.min()), int(self.client_ranks.max())
+        facts = {"data": f"{len(self.train_dataset):,} rows", **self.card_facts}
+        return {
+            "base_model": base.config.name_or_path,
+            "base_revision": getattr(base.config, "_commit_hash", None),
+            "quantization": quantization_of(base),
+            "rank": lora.r,
+            "alpha": lora.lora_alpha,
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+            "client_ranks": str(low) if low == high else f"{low} to {high}",
+            "num_clients": len(self.client_index),
+            "clients_per_round": self.cohort_size,
+            "best": self.best_words,
+            "benchmarks": COMMONSENSE if facts.pop("commonsense", False) else {},
+            **facts,
+        }
 
     def push_to_hub(self, commit_message=None, blocking=True, token=None, revision=None, **kwargs):
         """Send the rounds that are still missing on the Hub; returns what became of all, a table when printed.

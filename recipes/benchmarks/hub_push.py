@@ -100,11 +100,11 @@ def _timed_snapshots(publisher) -> list[tuple[int, list[float]]]:
     """The round, and the seconds of the loop's call by both clocks, of all calls from here on."""
     taken, publish = [], publisher.publish
 
-    def timed(*args, **kwargs):
+    def timed(over, *args, **kwargs):
         start = [now() for now in CLOCKS]
-        publish(*args, **kwargs)
+        publish(over, *args, **kwargs)
         seconds = [now() - then for now, then in zip(CLOCKS, start, strict=True)]
-        taken.append((publisher.trainer.rounds_done, seconds))
+        taken.append((over.number, seconds))
 
     publisher.publish = timed
     return taken
