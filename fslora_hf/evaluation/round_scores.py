@@ -3,7 +3,6 @@
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from peft import get_peft_model_state_dict
@@ -19,9 +18,6 @@ from ..storage.result_files import IN_LOOP, slug
 from .outcomes import Scores
 from .results import AdapterSource, Subject, make_results, write_results
 from .runner import longest_row, make_protocol, score_rows
-
-if TYPE_CHECKING:
-    from ..trainers.federated import FederatedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +39,7 @@ class RoundScorer:
         tokenizer: PreTrainedTokenizerBase,
     ):
         sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        self._args = args
         asked = args.eval_protocol or "loglikelihood"
         self.rows = {
             name: rows
@@ -67,28 +64,32 @@ class RoundScorer:
     def _prepare(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.questions[name] = self.protocol.prepare(tokenizer, self.rows[name], longest_row(model))
 
-    def score(self, trainer: "FederatedTrainer", name: str, prefix: str) -> dict[str, float]:
-        """Metrics of the set `name`, their keys beginning with `prefix`; while a run is on, its files are written."""
-        rows, args, started = self.rows[name], trainer.args, time.monotonic()
+    def score(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, *, prefix: str, round: int | None
+    ) -> dict[str, float]:
+        """Metrics of the set `name`, their keys beginning with `prefix`; with `round`, after so many of a run's that
+        is on, its files are written."""
+        rows, started = self.rows[name], time.monotonic()
         if name not in self.questions:
-            self._prepare(name, trainer.model, trainer.processing_class)
+            self._prepare(name, model, tokenizer)
         scores = score_rows(
-            trainer.model,
-            trainer.processing_class,
+            model,
+            tokenizer,
             rows,
             self.protocol,
-            batch_size=args.per_device_eval_batch_size,
+            batch_size=self._args.per_device_eval_batch_size,
             questions=self.questions[name],
             description="Scoring" + (f" {name}" if name else ""),
         )
-        if trainer.in_run:
-            agree(lambda: self._write(trainer, name, scores, time.monotonic() - started))
+        seconds = time.monotonic() - started
+        if round is not None:
+            agree(lambda: self._write(_subject(model, self._args.output_dir, round), name, scores, seconds))
         return _metrics(scores, prefix)
 
-    def _write(self, trainer: "FederatedTrainer", name: str, scores: Scores, seconds: float) -> None:
-        args = trainer.args
+    def _write(self, subject: Subject, name: str, scores: Scores, seconds: float) -> None:
+        args = self._args
         results = make_results(
-            _subject(trainer),
+            subject,
             self.protocol,
             self.rows[name],
             scores,
@@ -97,7 +98,7 @@ class RoundScorer:
             processes=args.world_size,
             batch_size=args.per_device_eval_batch_size,
         )
-        label = f"round-{trainer.rounds_done:04d}" + (f".{slug([name])}" if name else "")
+        label = f"round-{subject.adapter.round:04d}" + (f".{slug([name])}" if name else "")
         write_results(Path(args.output_dir) / IN_LOOP, f"{label}.{self.protocol.name}", results, scores)
 
 
@@ -113,11 +114,10 @@ def _have_options(rows: Dataset) -> bool:
         return False
 
 
-def _subject(trainer: "FederatedTrainer") -> Subject:
-    folder, done = trainer.args.output_dir, trainer.rounds_done
-    tensors = get_peft_model_state_dict(trainer.model, adapter_name="default", save_embedding_layers=False)
-    adapter = AdapterSource(folder, adapter_digest(tensors), round=done)
-    return Subject(f"{Path(folder).name}, round {done}", describe_model(trainer.model.get_base_model()), adapter)
+def _subject(model: nn.Module, folder: str, round: int) -> Subject:
+    tensors = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    adapter = AdapterSource(folder, adapter_digest(tensors), round=round)
+    return Subject(f"{Path(folder).name}, round {round}", describe_model(model.get_base_model()), adapter)
 
 
 def _metrics(scores: Scores, prefix: str) -> dict[str, float]:

@@ -4,21 +4,21 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 
 from ..common import host_memory
+from ..config.federation import FederatedSketchConfig
 from ..data.rows import survey_rows
 from ..methods import ClientAdapter, method_class
 from ..models.stack import ClientStack, global_pair
-
-if TYPE_CHECKING:
-    from .federated import FederatedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -110,24 +110,68 @@ def largest_block(peak: Callable[[int], float | None], room: float, most: int, l
     return fits
 
 
-def fit_block(trainer: "FederatedTrainer", meter: Meter | None = None) -> int:
-    """The most clients of this process whose step, on the longest rows and at the largest rank, fits its device.
+@dataclass(frozen=True)
+class LargestStep:
+    """The local step that takes most: on the longest rows, with clients of the largest rank.
+
+    Args:
+        most: clients that this process may have to train at once.
+        rank: the largest of all clients.
+        dataset: prepared rows, with the `columns` that a step reads.
+        loss: of a batch's inputs, a number whose backward pass takes what that of a step does.
+    """
+
+    args: FederatedSketchConfig
+    model: PeftModel
+    most: int
+    rank: int
+    dataset: Dataset
+    columns: Sequence[str]
+    collator: Callable[[list[dict]], dict[str, torch.Tensor]]
+    loss: Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+    def rows(self) -> list[dict]:
+        """The longest, of as many clients as may be tried."""
+        return longest_rows(self.dataset, self.columns, self.most * self.args.per_device_train_batch_size)
+
+    def take(self, clients: int, rows: list[dict]) -> None:
+        """Compute and hold what a local step of a block does, on the first of the `rows`, with clients that are all
+        zero; the model is left as it was."""
+        args, method = self.args, method_class(self.args.method)
+        stack = ClientStack(self.model, clients, self.rank, trains=method.trains, beside_global=method.beside_global)
+        stack.attach()
+        try:
+            stack.load([_blank(*global_pair(self.model), self.rank) for _ in range(clients)])
+            batch = self.collator(rows[: clients * args.per_device_train_batch_size])
+            inputs = {name: tensor.to(args.device) for name, tensor in batch.items()}
+            self.model.train()
+            devices = [args.device] if args.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), stack.at_work(inputs["input_ids"].numel()):
+                self.loss(inputs).backward()
+            # An optimizer's two moments of every number that is trained.
+            _ = [torch.zeros_like(p) for p in stack.parameters() if p.grad is not None for _ in range(2)]
+        finally:
+            stack.detach()
+
+
+def fit_block(step: LargestStep, meter: Meter | None = None) -> int:
+    """The most clients of this process whose step fits its device.
 
     Raises:
         ValueError: not even one client fits, or the device cannot be measured.
     """
-    meter = meter or meter_of(trainer.args.device)
+    args = step.args
+    meter = meter or meter_of(args.device)
     taken: dict[int, float | None] = {}
 
     def peak(clients: int) -> float | None:
-        taken[clients] = meter.peak(partial(take_step, trainer, clients, longest))
+        taken[clients] = meter.peak(partial(step.take, clients, rows))
         return taken[clients]
 
-    if trainer.args.activation_checkpointing:
-        _checkpoint_activations(trainer)
-    most = -(-trainer.cohort_size // trainer.args.world_size)
-    longest = longest_rows(trainer.train_dataset, most * trainer.args.per_device_train_batch_size)
-    block = largest_block(peak, meter.room, most, meter.limit)
+    if args.activation_checkpointing:
+        _checkpoint_activations(step.model, args.activation_checkpointing_kwargs)
+    rows = step.rows()
+    block = largest_block(peak, meter.room, step.most, meter.limit)
     if block == 0:
         found = "more than that" if taken[1] is None else f"{taken[1] / 1e9:.2f} GB"
         raise ValueError(
@@ -135,45 +179,22 @@ def fit_block(trainer: "FederatedTrainer", meter: Meter | None = None) -> int:
             f"it takes {found}: lower per_device_train_batch_size or max_length, or turn on activation_checkpointing."
         )
     text = "%d clients of up to %d share a step: it takes %.2f GB of %.2f GB at hand."
-    logger.info(text, block, most, taken[block] / 1e9, meter.room / 1e9)
+    logger.info(text, block, step.most, taken[block] / 1e9, meter.room / 1e9)
     return block
 
 
-def take_step(trainer: "FederatedTrainer", clients: int, longest: list[dict]) -> None:
-    """What a local step of a block computes and holds, on the first of the `longest` rows, with clients that are all
-    zero and of the largest rank; the model is left as it was."""
-    args, model, rank = trainer.args, trainer.model, int(trainer.client_ranks.max())
-    method = method_class(args.method)
-    stack = ClientStack(model, clients, rank, trains=method.trains, beside_global=method.beside_global)
-    stack.attach()
-    try:
-        stack.load([_blank(*global_pair(model), rank) for _ in range(clients)])
-        rows = trainer.data_collator(longest[: clients * args.per_device_train_batch_size])
-        inputs = {name: tensor.to(args.device) for name, tensor in rows.items()}
-        model.train()
-        devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), stack.at_work(inputs["input_ids"].numel()):
-            with trainer.accelerator.autocast():
-                log_probs = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
-            log_probs.sum().backward()
-        # An optimizer's two moments of every number that is trained.
-        _ = [torch.zeros_like(p) for p in stack.parameters() if p.grad is not None for _ in range(2)]
-    finally:
-        stack.detach()
-
-
-def _checkpoint_activations(trainer: "FederatedTrainer") -> None:
+def _checkpoint_activations(model: PeftModel, options: dict[str, Any] | None) -> None:
     """Do now what `Trainer.train` will do when it begins (transformers 5.23.0)."""
-    options = dict(trainer.args.activation_checkpointing_kwargs or {})
+    options = dict(options or {})
     own = {name: options.pop(name, default) for name, default in (("every_n_layers", 1), ("offload", False))}
-    trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
 
 
-def longest_rows(dataset: Dataset, count: int) -> list[dict]:
+def longest_rows(dataset: Dataset, columns: Sequence[str], count: int) -> list[dict]:
     """The `count` longest rows of a tokenised data set, from the longest again if it has fewer."""
     order = np.argsort(-survey_rows(dataset).tokens, kind="stable")[:count]
-    columns = dataset.select_columns(["input_ids", "labels"])
-    return [columns[int(row)] for row in np.resize(order, count)]
+    read = dataset.select_columns(list(columns))
+    return [read[int(row)] for row in np.resize(order, count)]
 
 
 def _blank(A: dict[str, torch.Tensor], B: dict[str, torch.Tensor], rank: int) -> ClientAdapter:

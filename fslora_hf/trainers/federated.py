@@ -47,7 +47,7 @@ from ..updates.feedback import ErrorFeedback
 from ..updates.movement import Movement
 from ..updates.top_k import TopK
 from .best_round import BestRound, KeepsBestRound, best_problems, evaluations_at_epochs, has_stopped
-from .block_size import fit_block
+from .block_size import LargestStep, fit_block
 from .callbacks import RoundCallback, RoundProgressCallback
 from .checkpoints import KeepsCheckpoints
 from .checks import (
@@ -250,6 +250,20 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         )
 
     @property
+    def largest_step(self) -> LargestStep:
+        """What `per_device_train_clients: auto` tries."""
+        return LargestStep(
+            args=self.args,
+            model=self.model,
+            most=-(-self.cohort_size // self.args.world_size),
+            rank=int(self.client_ranks.max()),
+            dataset=self.train_dataset,
+            columns=self.row_columns,
+            collator=self.data_collator,
+            loss=self.trial_loss,
+        )
+
+    @property
     def in_run(self) -> bool:
         """Whether `train()` is at work."""
         return self._engine is not None
@@ -313,7 +327,7 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
 
     def _fit_block(self) -> int:
         """The block that all processes can train, no larger than the number of waves needs it."""
-        largest = min(gather(fit_block(self)))
+        largest = min(gather(fit_block(self.largest_step)))
         return replace(self.layout, block_size=largest).even_block
 
     def _open_run(self) -> None:

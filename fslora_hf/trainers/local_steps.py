@@ -63,6 +63,10 @@ class TrainsClients:
         """
         raise NotImplementedError(f"{type(self).__name__} says no losses of clients.")
 
+    def trial_loss(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A number whose backward pass takes what that of a step does, of a batch as the collator makes it."""
+        raise NotImplementedError(f"{type(self).__name__} cannot try a step.")
+
     def scored(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor | None:
         """What each client of the coming step divides its loss by, over all its micro-batches: `[clients]`."""
         return None

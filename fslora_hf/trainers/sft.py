@@ -131,6 +131,11 @@ class FederatedSketchTrainer(FederatedTrainer, SFTTrainer):
             token_losses = token_losses * outputs.log_probs.exp().detach()
         return token_losses.view(clients, -1).sum(1) / scored
 
+    def trial_loss(self, inputs):
+        with self.accelerator.autocast():
+            log_probs = self.model(**inputs, **self._forward_options, fused_lm_head=True).log_probs
+        return log_probs.sum()
+
     # ---- What is told of tokens ----
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -170,5 +175,8 @@ class FederatedSketchTrainer(FederatedTrainer, SFTTrainer):
         self._total_train_tokens += self._token_metrics.count()  # which TRL logs with what is evaluated
         output = super().evaluation_loop(*args, **kwargs)
         if self._asked in self._scorer.rows:
-            output.metrics.update(self._scorer.score(self, self._asked, kwargs.get("metric_key_prefix", "eval")))
+            prefix, round = kwargs.get("metric_key_prefix", "eval"), self.rounds_done if self.in_run else None
+            output.metrics.update(
+                self._scorer.score(self.model, self.processing_class, self._asked, prefix=prefix, round=round)
+            )
         return output

@@ -26,7 +26,7 @@ class FakeMeter:
         self.room, self.limit, self.sizes = room, math.inf, []
 
     def peak(self, step) -> float:
-        _, clients, _ = step.args
+        clients, _ = step.args
         self.sizes.append(clients)
         step()
         return 100.0 + 10 * clients
@@ -94,7 +94,7 @@ def test_trying_leaves_no_trace(tmp_path, method):
     before = {name: (value.clone(), value.requires_grad) for name, value in made.model.named_parameters()}
     drawn = torch.random.get_rng_state()
     meter = FakeMeter(130)
-    assert fit_block(made, meter) == 3 and meter.sizes[0] == 1 and max(meter.sizes) == 3
+    assert fit_block(made.largest_step, meter) == 3 and meter.sizes[0] == 1 and max(meter.sizes) == 3
     after = dict(made.model.named_parameters())
     assert after.keys() == before.keys() and torch.equal(torch.random.get_rng_state(), drawn)
     for name, (value, trained) in before.items():
@@ -104,7 +104,7 @@ def test_trying_leaves_no_trace(tmp_path, method):
 def test_the_longest_rows_are_tried():
     rows = tiny.tokenised()
     lengths = sorted(map(len, rows["input_ids"]), reverse=True)
-    found = longest_rows(rows, len(rows) + 2)
+    found = longest_rows(rows, ("input_ids", "labels"), len(rows) + 2)
     assert [len(row["input_ids"]) for row in found] == [*lengths, *lengths[:2]]
     assert set(found[0]) == {"input_ids", "labels"} and lengths[0] > lengths[-1]
 
