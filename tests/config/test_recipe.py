@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from trl import TrlParser, get_peft_config, get_quantization_config
 from fslora_hf.common.settings import SettingsError
 from fslora_hf.config.federation import FederatedSketchConfig
 from fslora_hf.config.recipe import ModelArguments, RecipeArguments, parse_recipe
+
+pytest_plugins = ("tests.support.forked",)
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
@@ -447,7 +448,7 @@ def test_accelerate_reads_its_configurations(file):
 
 
 @pytest.mark.slow
-def test_accelerate_launches_on_the_cpu(tmp_path):
+def test_accelerates_configuration_trains_on_the_cpu(run_script, tmp_path):
     script = tmp_path / "hello.py"
     script.write_text(
         "import sys\nfrom fslora_hf.config.recipe import *\n"
@@ -455,10 +456,5 @@ def test_accelerate_launches_on_the_cpu(tmp_path):
         "config = parse_recipe((RecipeArguments, FederatedSketchConfig, ModelArguments))[1]\n"
         "print('hello from', config.device, 'of', config.world_size, 'rounds', config.num_rounds)\n"
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / "recipes" / "accelerate_configs" / "cpu.yaml"), str(script)]
-    command += ["--config", str(ROOT / "recipes" / "smollm2_135m" / "quickstart.yaml"), "--num_rounds", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "hello from cpu of 1 rounds 2" in done.stdout
+    config = ["--config", str(ROOT / "recipes" / "smollm2_135m" / "quickstart.yaml"), "--num_rounds", "2"]
+    assert "hello from cpu of 1 rounds 2" in run_script(str(script), *config, cwd=tmp_path)

@@ -18,7 +18,7 @@ from tests.evaluation.test_loglikelihood import tokenizer
 from tests.support import tiny
 from tests.support.evaluated import KINDS, ROOT, recipe, started, train
 
-pytest_plugins = ("tests.support.hub_client", "tests.support.evaluated")
+pytest_plugins = ("tests.support.hub_client", "tests.support.evaluated", "tests.support.forked")
 
 
 def results_of(base: str, output: Path, *more: str) -> tuple[list[dict], Path]:
@@ -164,13 +164,11 @@ def test_a_base_of_another_kind_has_no_such_layer(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_in_two_processes(run, base, tmp_path):
+def test_the_script_in_two_processes(run, base, run_python, tmp_path):
     """The command of the README with another launcher, since `accelerate launch` starts one process on a CPU."""
     expected, _ = results_of(base, run, "--adapter", str(run), "--results_dir", str(tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "recipes/evaluate.py"), *recipe(base, run, "--adapter", str(run))]
-    command += ["--results_dir", str(tmp_path / "two")]
-    done = started(command)
+    command = [str(ROOT / "recipes/evaluate.py"), *recipe(base, run, "--adapter", str(run))]
+    done = run_python(*command, "--results_dir", str(tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for result in expected:
         (path,) = [

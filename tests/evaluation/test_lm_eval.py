@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -160,14 +158,14 @@ def test_what_the_model_writes_is_judged_by_the_first_answer(run, folder, monkey
 
 
 @pytest.mark.slow
-def test_the_command_of_the_readme(folder, checkpoint, tmp_path):
+def test_the_command_of_the_readme(folder, checkpoint, run_python, tmp_path):
     """Both protocols by the console script, with a real generation, which names no answer."""
     tasks = "fslora_boolq,fslora_piqa_generate"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model_args(checkpoint)]
+    command = ["-m", "lm_eval", "--model", "hf", "--model_args", model_args(checkpoint)]
     command += ["--include_path", str(TASK_FILES), "--tasks", tasks, "--device", "cpu", "--batch_size", "1"]
     command += ["--output_path", str(tmp_path), "--log_samples"]
     env = os.environ | {"FSLORA_COMMONSENSE_DIR": str(folder)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    done = run_python(*command, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (results,) = tmp_path.rglob("results_*.json")
     results = json.loads(results.read_text())["results"]
@@ -179,23 +177,14 @@ def test_the_command_of_the_readme(folder, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_comparison_counts_and_times_both(folder, checkpoint, tmp_path):
+def test_the_comparison_counts_and_times_both(folder, checkpoint, run_python, tmp_path):
     model, adapter = checkpoint
     script = TASK_FILES.parent / "benchmarks" / "lm_eval_agreement.py"
-    command = [
-        sys.executable,
-        str(script),
-        "--model",
-        str(model),
-        "--adapter",
-        str(adapter),
-        "--data_dir",
-        str(folder),
-    ]
+    command = [script, "--model", model, "--adapter", adapter, "--data_dir", folder]
     command += ["--tasks", "boolq", "piqa", "--whole", "boolq", "--rows", "2", "--texts", "2", "--default_rows", "2"]
     output = tmp_path / "new" / "agreement.json"
-    command += ["--batch_size", "8", "--cpu", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command += ["--batch_size", "8", "--cpu", "--output", output]
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(output.read_text())
     rows = {

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -20,9 +19,9 @@ from fslora_hf.data.partition import partition
 from fslora_hf.evaluation import score_rows
 from fslora_hf.launch import build_trainer, held_out_rows
 from tests.evaluation.test_loglikelihood import tokenizer
-from tests.support.evaluated import KINDS, ROOT, accuracies, recipe, started
+from tests.support.evaluated import KINDS, ROOT, accuracies, recipe
 
-pytest_plugins = ("tests.support.evaluated",)
+pytest_plugins = ("tests.support.evaluated", "tests.support.forked")
 
 
 def test_rounds_are_scored_in_the_loop_on_the_global_adapter(run, base):
@@ -133,10 +132,9 @@ def test_rows_that_cannot_be_asked_are_told_before_training(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_rounds_are_scored_in_the_loop_of_two_processes(run, base, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "recipes/train.py"), *recipe(base, tmp_path / "mine", "--eval_rounds", "1")]
-    done = started(command)
+def test_rounds_are_scored_in_the_loop_of_two_processes(run, base, run_python, tmp_path):
+    command = [str(ROOT / "recipes/train.py"), *recipe(base, tmp_path / "mine", "--eval_rounds", "1")]
+    done = run_python(*command, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("round-0001.loglikelihood.results.json", "round-0002.loglikelihood.results.json"):
         one, two = (json.loads((folder / "eval_rounds" / name).read_text()) for folder in (run, tmp_path / "mine"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from fslora_hf.evaluation.journal import Journal
 from fslora_hf.evaluation.outcomes import Outcome
 from tests.evaluation.test_loglikelihood import fitted, tokenizer
 from tests.support import tiny
+
+pytest_plugins = ("tests.support.forked",)
 
 ROOT = Path(__file__).parents[2]
 IDENTITY = {"protocol": "loglikelihood", "rows_hash": "0"}
@@ -67,11 +68,10 @@ def test_batch_sizes_and_tokenizers_padding_change_nothing(model, rows, side):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["loglikelihood", "generate"])
-def test_two_processes_share_the_questions(model, rows, protocol, tmp_path):
+def test_two_processes_share_the_questions(model, rows, protocol, run_python, tmp_path):
     model.save_pretrained(tmp_path / "model")
     rows.save_to_disk(tmp_path / "rows")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*torchrun, __file__, str(tmp_path), protocol], capture_output=True, text=True, timeout=300)
+    done = run_python(__file__, str(tmp_path), protocol, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["records"] == second["records"]

@@ -19,6 +19,8 @@ from fslora_hf import FederatedSketchTrainer
 from fslora_hf.models.scored_head import add_scored_head
 from tests.support import reference, tiny
 
+pytest_plugins = ("tests.support.forked",)
+
 RANKS = [2, 6, 1]
 
 
@@ -197,7 +199,7 @@ def test_wrong_ranks_are_told(monkeypatch, capsys, options, message):
 
 
 @pytest.mark.slow
-def test_a_small_run_measures_every_way(tmp_path, monkeypatch, capfd):
+def test_a_small_run_measures_every_way(tmp_path, monkeypatch, forked_measurements, capfd):
     tiny.base_model(torch.float32).save_pretrained(tmp_path / "model")
     output = tmp_path / "out" / "round.json"
     command = f"round.py --model {tmp_path / 'model'} --cpu --clients 2 --steps 1 --repeats 1 --rank 4 --length 12"

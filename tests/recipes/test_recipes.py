@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import throughput  # recipes/benchmarks/throughput.py
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from fslora_hf import FederatedSketchConfig
@@ -132,15 +133,10 @@ def test_quickstart_script_reports_before_and_after(stand_in, run_script, tmp_pa
     assert (tmp_path / "run-2" / "results.json").exists()
 
 
-def test_train_script_tells_every_problem_at_once(tmp_path):
+def test_train_script_tells_every_problem_at_once(run_python, tmp_path):
     recipe = tmp_path / "bad.yaml"
     recipe.write_text("model_name_or_path: x\nlocal_stepz: 3\nnum_rounds: 0\npacking: true\n")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes/train.py"), "--config", str(recipe)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    done = run_python(str(ROOT / "recipes/train.py"), "--config", str(recipe))
     assert done.returncode != 0 and "Traceback" not in done.stderr
     for problem in ("local_stepz", "did you mean local_steps", "num_rounds", "packing"):
         assert problem in done.stderr
@@ -171,13 +167,13 @@ def test_rows_of_any_data_set_with_its_held_out_split(tmp_path):
 
 
 @pytest.mark.slow
-def test_throughput_benchmark_measures_every_variant(stand_in, tmp_path):
+def test_throughput_benchmark_measures_every_variant(stand_in, tmp_path, monkeypatch, forked_measurements):
     output = tmp_path / "out" / "throughput.json"
-    command = [sys.executable, str(ROOT / "recipes/benchmarks/throughput.py"), "--model", stand_in("smollm2_135m")]
+    command = ["throughput.py", "--model", stand_in("smollm2_135m")]
     command += ["--cpu", "--batch_size", "1", "--length", "12", "--completion", "3", "--clients", "2"]
     command += ["--steps", "1", "--repeats", "1", "--rank", "2", "--losses", "completion", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", command)
+    throughput.main()
     result = json.loads(output.read_text())
     assert set(result["results"]) == {"completions"} and "torch" in result["versions"]
     for rows in result["results"].values():

@@ -3,24 +3,28 @@
 A test file says `pytest_plugins = ("tests.support.forked",)`.
 """
 
+import ctypes
 import gc
 import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import time
 from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import prepare_simple_launcher_cmd_env
 
-from tests.support.worker_train import run, run_as
+from tests.support.worker_train import rank_variables, run, run_as
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 120  # seconds
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @pytest.fixture(scope="session")
@@ -51,44 +55,82 @@ def fork(server):
 
 @pytest.fixture(scope="module")
 def fork_ranks(server):
-    """Runs one job in several processes that know each other, as torchrun does: once one has failed, the others are
-    ended. Returns their exit codes. (tests/laws/test_laws_processes.py and CI's real run have torchrun itself.)"""
+    """Runs one job in several processes that know each other, as torchrun does; returns their exit codes.
+    (tests/laws/test_laws_processes.py and CI's real run have torchrun itself.)"""
 
     def start_and_wait(job: dict, processes: int = 2) -> list[int]:
         port = free_port()
-        ranks = [server.Process(target=run_as, args=(job, rank, processes, port)) for rank in range(processes)]
-        for process in ranks:
-            process.start()
-        end, left = time.monotonic() + LONGEST, list(ranks)
-        while left and time.monotonic() < end:
-            connection.wait([process.sentinel for process in left], timeout=1)
-            left = [process for process in left if process.exitcode is None]
-            if any(process.exitcode for process in ranks):
-                break
-        for process in left:
-            process.kill()
-        for process in ranks:
-            process.join()
-        return [process.exitcode for process in ranks]
+        return wait_for(
+            [server.Process(target=run_as, args=(job, rank, processes, port)) for rank in range(processes)]
+        )
 
     return start_and_wait
 
 
-@pytest.fixture(scope="module")
-def run_script(server, tmp_path_factory):
-    """Runs a script of recipes/ with its arguments in a forked process, in the environment that `accelerate launch`
-    with the CPU's configuration would give it, which saves two starts of an interpreter; returns what it printed.
-    (tests/recipes/test_recipes.py has `accelerate launch` itself.)"""
+@pytest.fixture(scope="session")
+def run_python(server, tmp_path_factory):
+    """Does what `python words...` does, or torchrun with several processes, in forked processes: no interpreter starts
+    and nothing is imported again.
+
+    A script that reads its environment when libraries are imported needs a start of its own; the first word is a
+    script's path or -m. Returns what subprocess.run(..., capture_output=True, text=True) would.
+    """
+
+    def start_and_wait(
+        *words: str, cwd: Path | None = None, env: dict[str, str] | None = None, processes: int = 1
+    ) -> subprocess.CompletedProcess:
+        folder = tmp_path_factory.mktemp("said")
+        given = [str(word) for word in words], str(cwd or Path.cwd()), str(folder)
+        variables = dict(os.environ if env is None else env)
+        ranks = [variables]
+        if processes > 1:
+            port = free_port()
+            ranks = [variables | rank_variables(rank, processes, port) for rank in range(processes)]
+        codes = wait_for([server.Process(target=run_file, args=(*given, each)) for each in ranks], 500)
+        said = [(folder / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(words, next(filter(None, codes), 0), *said)
+
+    return start_and_wait
+
+
+@pytest.fixture
+def forked_measurements(run_python, monkeypatch):
+    """The benchmarks' measurements, each a process of its own, are forked."""
+
+    def started(command: list[str], *, env: dict[str, str], **pipes) -> subprocess.CompletedProcess:
+        return run_python(*command[1:], env=env)
+
+    monkeypatch.setattr("turns.subprocess", SimpleNamespace(run=started, PIPE=subprocess.PIPE))
+
+
+@pytest.fixture(scope="session")
+def run_script(run_python):
+    """Runs a script of recipes/ with its arguments in the environment that `accelerate launch` with the CPU's
+    configuration would give it; returns what it printed. (tests/recipes/test_recipes.py has `accelerate launch`.)"""
 
     def start_and_wait(script: str, *arguments: str, cwd: Path = ROOT) -> str:
-        folder = tmp_path_factory.mktemp("script")
-        process = server.Process(target=run_file, args=([script, *arguments], str(cwd), str(folder)))
-        process.start()
-        process.join(500)
-        assert process.exitcode == 0, (folder / "stderr").read_text()[-3000:]
-        return (folder / "stdout").read_text()
+        done = run_python(script, *arguments, cwd=cwd, env={**os.environ, **launched_environment()})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
 
     return start_and_wait
+
+
+def wait_for(ranks: list, longest: float = LONGEST) -> list[int]:
+    """Starts processes and waits for them; once one has failed, the others are ended. Returns their exit codes."""
+    for process in ranks:
+        process.start()
+    end, left = time.monotonic() + longest, list(ranks)
+    while left and time.monotonic() < end:
+        connection.wait([process.sentinel for process in left], timeout=1)
+        left = [process for process in left if process.exitcode is None]
+        if any(process.exitcode for process in ranks):
+            break
+    for process in left:
+        process.kill()
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
 
 
 def launched_environment() -> dict[str, str]:
@@ -99,15 +141,22 @@ def launched_environment() -> dict[str, str]:
     return prepare_simple_launcher_cmd_env(arguments)[1]
 
 
-def run_file(command: list[str], cwd: str, folder: str) -> None:
-    """Run a script as `python script ...` would, its output into files of a folder."""
-    os.environ.update(launched_environment())
+def run_file(words: list[str], cwd: str, folder: str, environment: dict[str, str]) -> None:
+    """What `python words...` does, its output into files of a folder."""
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(cwd)
+    if threshold := environment.get("MALLOC_MMAP_THRESHOLD_"):  # which glibc looks for when a process starts
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, int(threshold))
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY), number)
-    script = Path(command[0]).resolve()
-    sys.argv, sys.path[0] = [str(script), *command[1:]], str(script.parent)
-    runpy.run_path(str(script), run_name="__main__")
+        os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    if words[0] == "-m":
+        sys.argv, sys.path[0] = words[1:], cwd
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        script = Path(words[0]).resolve()
+        sys.argv, sys.path[0] = [str(script), *words[1:]], str(script.parent)
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def free_port() -> int:

@@ -103,11 +103,16 @@ def run(job: dict) -> None:
 
 def run_as(job: dict, rank: int, processes: int, port: int) -> None:
     """`run` as one of several processes, with the environment that torchrun would have given it."""
-    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    named |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in named.items()})
+    os.environ.update(rank_variables(rank, processes, port))
     run(job)
     leave()
+
+
+def rank_variables(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    named |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in named.items()}
 
 
 def load_result(result, rank: int = 0) -> reference.Adapter:
