@@ -2,7 +2,9 @@
 
 import logging
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..common.processes import agree
 from ..common.settings import written
@@ -12,6 +14,8 @@ from ..storage.disk_errors import RESUME, told
 from ..storage.files import whole_files
 from ..storage.ledger import read_records
 from .best_round import BETWEEN_RUNS
+from .examine import ThisRun
+from .identity import identity
 from .saving import Learned, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -19,6 +23,26 @@ logger = logging.getLogger(__name__)
 
 class KeepsCheckpoints:
     """Of a trainer: its hooks of saving and resuming."""
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the run computes, as plain JSON values."""
+        return identity(self.args, self.model, self.train_dataset, len(self.client_index), self.cohort_size)
+
+    @property
+    def this_run(self) -> ThisRun:
+        """What a checkpoint to go on from is held against."""
+        return ThisRun(
+            args=self.args,
+            identity=self.identity,
+            model=self.model,
+            client_ids=self.client_index.ids,
+            keeps_feedback=self.keeps_feedback,
+            callbacks=[*self._exportable, self.control],
+            rounds_done=self.rounds_done,
+            steps_per_round=self.layout.steps_per_round,
+            repository=self.hub_model_id,
+        )
 
     def _save_checkpoint(self, model, trial):
         step = self.rounds_done * self.layout.steps_per_round

@@ -11,8 +11,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ from ..updates.feedback import ErrorFeedback
 from ..updates.movement import Movement
 from ..updates.top_k import TopK
 from .best_round import BestRound, KeepsBestRound, best_problems, evaluations_at_epochs, has_stopped
-from .block_size import LargestStep, fit_block
 from .callbacks import RoundCallback, RoundProgressCallback
 from .checkpoints import KeepsCheckpoints
 from .checks import (
@@ -58,8 +56,7 @@ from .checks import (
     check_trainer_arguments,
     raise_together,
 )
-from .examine import ThisRun
-from .identity import identity, ranks_of_clients
+from .identity import ranks_of_clients
 from .local_steps import LocalSteps, TrainsClients
 from .pushing import PushesRounds
 from .resume import find_start, saved_block
@@ -229,40 +226,6 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
             received = beside(server, received)
         save_client_adapter(path, received, self.model.peft_config["default"])
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides what the run computes, as plain JSON values."""
-        return identity(self.args, self.model, self.train_dataset, len(self.client_index), self.cohort_size)
-
-    @property
-    def this_run(self) -> ThisRun:
-        """What a checkpoint to go on from is held against."""
-        return ThisRun(
-            args=self.args,
-            identity=self.identity,
-            model=self.model,
-            client_ids=self.client_index.ids,
-            keeps_feedback=self.keeps_feedback,
-            callbacks=[*self._exportable, self.control],
-            rounds_done=self.rounds_done,
-            steps_per_round=self.layout.steps_per_round,
-            repository=self.hub_model_id,
-        )
-
-    @property
-    def largest_step(self) -> LargestStep:
-        """What `per_device_train_clients: auto` tries."""
-        return LargestStep(
-            args=self.args,
-            model=self.model,
-            most=-(-self.cohort_size // self.args.world_size),
-            rank=int(self.client_ranks.max()),
-            dataset=self.train_dataset,
-            columns=self.row_columns,
-            collator=self.data_collator,
-            loss=self.trial_loss,
-        )
-
     @property
     def in_run(self) -> bool:
         """Whether `train()` is at work."""
@@ -324,11 +287,6 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         return max(0, min(left, affordable))
 
     # ---- The run ----
-
-    def _fit_block(self) -> int:
-        """The block that all processes can train, no larger than the number of waves needs it."""
-        largest = min(gather(fit_block(self.largest_step)))
-        return replace(self.layout, block_size=largest).even_block
 
     def _open_run(self) -> None:
         args = self.args

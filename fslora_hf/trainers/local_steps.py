@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from ..common.draws import seed_from
+from ..common.processes import gather
 from ..models.joined_rows import StepCost
 from ..models.stack import ClientStack
 from ..rounds.plan import ClientPlan
+from .block_size import LargestStep, fit_block
 from .loader import RoundBatches, RoundLoader
 
 
@@ -70,6 +73,25 @@ class TrainsClients:
     def scored(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor | None:
         """What each client of the coming step divides its loss by, over all its micro-batches: `[clients]`."""
         return None
+
+    @property
+    def largest_step(self) -> LargestStep:
+        """What `per_device_train_clients: auto` tries."""
+        return LargestStep(
+            args=self.args,
+            model=self.model,
+            most=-(-self.cohort_size // self.args.world_size),
+            rank=int(self.client_ranks.max()),
+            dataset=self.train_dataset,
+            columns=self.row_columns,
+            collator=self.data_collator,
+            loss=self.trial_loss,
+        )
+
+    def _fit_block(self) -> int:
+        """The block that all processes can train, no larger than the number of waves needs it."""
+        largest = min(gather(fit_block(self.largest_step)))
+        return replace(self.layout, block_size=largest).even_block
 
     def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
         """Load this process's clients of a wave and clear the local optimizer's state."""

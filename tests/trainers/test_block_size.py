@@ -9,8 +9,7 @@ import torch
 
 from fslora_hf.common import host_memory
 from fslora_hf.rounds.layout import Layout
-from fslora_hf.trainers import block_size
-from fslora_hf.trainers import federated as trainer
+from fslora_hf.trainers import block_size, local_steps
 from fslora_hf.trainers.block_size import HostMeter, fit_block, largest_block, longest_rows, meter_of
 from tests.support import reference, tiny
 from tests.support.worker_train import build, ledger
@@ -174,7 +173,7 @@ def test_a_resumed_run_keeps_the_block_that_was_found(tmp_path, monkeypatch):
 def test_processes_take_a_block_that_fits_all_of_them(tmp_path, monkeypatch):
     meter_with(monkeypatch, 1000)
     made = build(tmp_path, {**ARGS, "per_device_train_clients": "auto"})
-    monkeypatch.setattr(trainer, "gather", lambda found: [found, 2])
+    monkeypatch.setattr(local_steps, "gather", lambda found: [found, 2])
     assert made._fit_block() == 2
 
 
