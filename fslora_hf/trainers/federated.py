@@ -93,10 +93,10 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         problems = [*check_own_loss(type(self).__name__, args)] if self._own_loss else []
         problems += check_trainer_arguments(args, dataset, model, lora, held_out, unsupported)
         raise_together([*check_round_callbacks(own or 1), *problems])
-        raise_together(best_problems(args, callbacks, held_out, given["compute_metrics"]))
+        raise_together(best_problems(args, callbacks, held_out, given.get("compute_metrics")))
         agree(lambda: check_writable(args.output_dir))
         raise_together(rows)
-        raise_together(check_fold(args.method, given["quantization_config"] is not None))
+        raise_together(check_fold(args.method, given.get("quantization_config") is not None))
         self._count_clients(column_to_numpy(dataset, args.client_id_column), lora.r)
         self._find_hub()
         given["callbacks"] = callbacks if own else [RoundCallback(), *callbacks]
