@@ -17,7 +17,7 @@ from torch import nn
 
 from ..common.foreign_text import LONGEST_REASON, foreign_text
 from ..common.settings import SettingsError, field_problems, sentence
-from ..models.stack import PEFT_PREFIX
+from ..models.adapter import PEFT_PREFIX
 from ..storage.checkpoint import STATE_NAME, finished_checkpoints, read_state
 from ..storage.ledger import LEDGER_NAME
 from ..storage.result_files import slug

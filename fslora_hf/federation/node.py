@@ -18,8 +18,8 @@ from ..config.recipe import RecipeArguments, build_settings
 from ..data.sources import check_path, load_rows
 from ..launch import build_trainer, training_rows
 from ..methods import ClientAdapter
+from ..models.adapter import global_pair
 from ..models.folding import FoldedBase
-from ..models.stack import global_pair
 from ..rounds.server import ServerState
 from ..storage.checkpoint import FEEDBACK_NAME
 from ..storage.disk_errors import WriteError

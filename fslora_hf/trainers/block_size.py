@@ -18,7 +18,8 @@ from ..common import host_memory
 from ..config.federation import FederatedSketchConfig
 from ..data.rows import survey_rows
 from ..methods import ClientAdapter, method_class
-from ..models.stack import ClientStack, global_pair
+from ..models.adapter import global_pair
+from ..models.stack import ClientStack
 
 logger = logging.getLogger(__name__)
 

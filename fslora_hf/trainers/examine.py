@@ -18,8 +18,8 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from ..common.foreign_text import foreign_names, foreign_value
 from ..config.federation import FederatedSketchConfig
 from ..methods import method_class
+from ..models.adapter import global_pair, read_global_pair
 from ..models.folding import FOLDED_NAME, FoldedBase
-from ..models.stack import global_pair, read_global_pair
 from ..reports.ledger import check_round
 from ..rounds.server import ServerState
 from ..storage.checkpoint import FEEDBACK_NAME, SERVER_NAME, STATE_NAME, CheckpointError

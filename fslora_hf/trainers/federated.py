@@ -29,10 +29,11 @@ from ..data.clients import ClientIndex
 from ..data.rows import column_to_numpy
 from ..methods import beside, method_class
 from ..methods.contract import check_received
+from ..models.adapter import global_pair, save_client_adapter, widen_adapter
 from ..models.adapter_checks import check_fold
 from ..models.folding import FoldedBase
 from ..models.quantized import check_as_stored, keep_as_stored
-from ..models.stack import ClientStack, global_pair, save_client_adapter, widen_adapter
+from ..models.stack import ClientStack
 from ..rounds.layout import Layout
 from ..rounds.plan import ClientPlan, RoundPlan, plan_round
 from ..rounds.round import RoundEngine

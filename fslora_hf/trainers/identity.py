@@ -13,8 +13,8 @@ from ..config.federation import FederatedSketchConfig
 from ..data.clients import client_ranks
 from ..data.rows import digest_rows
 from ..methods import method_class
+from ..models.adapter import lora_layers
 from ..models.description import quantization_of
-from ..models.stack import lora_layers
 
 DEFINING_ARGUMENTS = (
     "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "

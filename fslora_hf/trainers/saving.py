@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..methods import method_class
+from ..models.adapter import global_pair, read_global_pair
 from ..models.folding import FOLDED_NAME, FoldedBase
-from ..models.stack import global_pair, read_global_pair
 from ..rounds.server import ServerState
 from ..storage.checkpoint import SERVER_NAME
 

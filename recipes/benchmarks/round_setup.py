@@ -18,7 +18,7 @@ from step_rows import QUIET  # beside this file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fslora_hf.data.clients import ClientIndex
-from fslora_hf.models.stack import PEFT_PREFIX
+from fslora_hf.models.adapter import PEFT_PREFIX
 from fslora_hf.rounds.plan import RoundPlan, plan_round
 
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]

@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
-from fslora_hf.models.stack import PEFT_PREFIX
+from fslora_hf.models.adapter import PEFT_PREFIX
 from fslora_hf.rounds.plan import ClientPlan
 from fslora_hf.trainers.callbacks import RoundCallback
 

@@ -107,7 +107,8 @@ def hand_over(options, clients: int, cohort: int, low: int, high: int) -> dict[s
     from torch import nn
 
     from fslora_hf.methods import METHODS
-    from fslora_hf.models.stack import ClientStack, global_pair
+    from fslora_hf.models.adapter import global_pair
+    from fslora_hf.models.stack import ClientStack
     from fslora_hf.rounds.layout import Layout
     from fslora_hf.rounds.round import RoundEngine
     from fslora_hf.rounds.server import ServerState

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fslora_hf.methods import METHODS, ClientAdapter, ClientUpdate, beside
+from fslora_hf.models.adapter import global_pair, save_client_adapter
 from fslora_hf.models.adapter_checks import check_layers
 from fslora_hf.models.folding import FOLDED_NAME, FoldedBase, folded_base, load_folded_base
-from fslora_hf.models.stack import ClientStack, global_pair, save_client_adapter
+from fslora_hf.models.stack import ClientStack
 from fslora_hf.rounds.server import ServerState
 from fslora_hf.storage.checkpoint import CheckpointError
 from tests.laws.test_laws_training import RANKS, logits, trained

@@ -14,7 +14,8 @@ from peft import get_peft_model
 
 from fslora_hf.methods import METHODS, ClientUpdate
 from fslora_hf.methods.hetlora import product_norm
-from fslora_hf.models.stack import ClientStack, global_pair
+from fslora_hf.models.adapter import global_pair
+from fslora_hf.models.stack import ClientStack
 from fslora_hf.rounds.server import ServerState
 from tests.support import reference, tiny
 from tests.support.worker_train import build, ledger

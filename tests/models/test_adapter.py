@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fslora_hf.methods import ClientAdapter
-from fslora_hf.models.stack import ClientStack, global_pair, lora_layers, save_client_adapter, widen_adapter
+from fslora_hf.models.adapter import global_pair, lora_layers, save_client_adapter, widen_adapter
+from fslora_hf.models.stack import ClientStack
 from tests.support import reference, tiny
 
 R, RANKS = 6, [1, 3, 4]

@@ -14,9 +14,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from fslora_hf.models.adapter import global_pair
 from fslora_hf.models.joined_rows import StepCost, join_rows, keeps_rows_apart
 from fslora_hf.models.scored_head import add_scored_head
-from fslora_hf.models.stack import global_pair
 from tests.support import reference, tiny
 from tests.support.worker_train import build, check_same_ledger
 

@@ -13,9 +13,10 @@ from fslora_hf.data import load_miniature
 from fslora_hf.evaluation import score_rows
 from fslora_hf.evaluation.scoring import load_base
 from fslora_hf.methods import ClientAdapter
+from fslora_hf.models.adapter import global_pair, lora_layers
 from fslora_hf.models.description import describe_model
 from fslora_hf.models.quantized import keep_as_stored
-from fslora_hf.models.stack import ClientStack, global_pair, lora_layers
+from fslora_hf.models.stack import ClientStack
 from fslora_hf.trainers.sft import FederatedSketchTrainer
 from tests.evaluation.test_loglikelihood import fitted, tokenizer
 from tests.support import reference, tiny

@@ -10,7 +10,8 @@ from peft import get_peft_model
 
 from fslora_hf.data.clients import ClientIndex
 from fslora_hf.methods import METHODS, FSLoRA
-from fslora_hf.models.stack import ClientStack, global_pair, lora_layers
+from fslora_hf.models.adapter import global_pair, lora_layers
+from fslora_hf.models.stack import ClientStack
 from fslora_hf.rounds.layout import Layout
 from fslora_hf.rounds.plan import plan_round
 from fslora_hf.rounds.round import RoundEngine

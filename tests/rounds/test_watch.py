@@ -12,7 +12,7 @@ import torch
 
 from fslora_hf.federation.trainer import FederationTrainer
 from fslora_hf.launch import finish
-from fslora_hf.models.stack import global_pair
+from fslora_hf.models.adapter import global_pair
 from fslora_hf.rounds.watch import PAST_ROUNDS, RunLost, RunWatch
 from fslora_hf.storage.checkpoint import last_checkpoint, proven_checkpoint, read_state, rotate, whole_folder
 from fslora_hf.storage.ledger import append_round, last_records, read_records

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fslora_hf.launch import claimed
-from fslora_hf.models.stack import global_pair
+from fslora_hf.models.adapter import global_pair
 from fslora_hf.storage.checkpoint import CheckpointError, last_checkpoint, read_state
 from fslora_hf.storage.ledger import read_records
 from fslora_hf.trainers.resume import OccupiedError
