@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..reports.ledger import ACCENT, DARK, GREY, RANK_COLOURS, dress
+from ..reports.style import ACCENT, DARK, GREY, RANK_COLOURS, dress
 from ..storage.files import whole_file
 
 LINES = 8  # a panel has at most so many

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reports.leaderboard_page import policy
-from ..reports.leaderboard_tables import escape_markdown
+from ..reports.markdown import escape_markdown
 from ..storage.files import write_text
 from .figures import draw_all
 from .tables import budget_told, captions, grid, to_markdown, to_text

@@ -1,9 +1,9 @@
 """A comparison as a table: text for a terminal, Markdown, and the cells that the page takes."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from ..reports.leaderboard_tables import escape_markdown
+from ..reports.markdown import escape_markdown
+from ..reports.tables import as_markdown, as_text
 
 # Heading, key of a variant, factor and digits; a difference is looked up under "difference".
 _COLUMNS = (
@@ -72,23 +72,10 @@ def budget_told(budget: dict[str, Any]) -> str:
 
 def to_text(summary: dict[str, Any]) -> str:
     """A table for a terminal, with its captions below."""
-    lines = _aligned(grid(summary))
+    lines = as_text(grid(summary), left=(0,))
     return "\n".join([summary["title"], "", lines[0], "-" * len(lines[0]), *lines[1:], "", *captions(summary)])
 
 
 def to_markdown(summary: dict[str, Any]) -> str:
     """The table alone, as GitHub and the Hub render it."""
-    cells = [[escape_markdown(cell) for cell in line] for line in grid(summary)]
-    rule = [":--", *["--:"] * (len(cells[0]) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if position else cell.ljust(width)
-            for position, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
+    return as_markdown([escape_markdown(cell) for cell in line] for line in grid(summary))

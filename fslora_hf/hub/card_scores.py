@@ -7,8 +7,8 @@ from typing import Any
 from ..common.foreign_text import foreign_fields
 from ..reports.entries import AVERAGE
 from ..reports.leaderboard import Z
-from ..reports.leaderboard_tables import percent
-from ..reports.markdown import count, plain, table
+from ..reports.markdown import count, percent, plain
+from ..reports.tables import as_markdown
 from .card_context import CardContext, round_tag
 
 _PROTOCOLS = {"loglikelihood": "Log-likelihood of the options", "generate": "Generated answers"}
@@ -64,7 +64,7 @@ def _latest(group: Mapping[int, Mapping[str, Any]]) -> str:
         lines.append([f"**{cell}**" if strong else cell for cell in [plain(task), *cells]])
     protocol = _PROTOCOLS.get(result["protocol"], result["protocol"])
     when = f"after {count(number, 'round')}" if number else "of the base model"
-    return f"### {plain(protocol)}, {when}\n\n{table(lines)}\n\n{_reading(result)}"
+    return f"### {plain(protocol)}, {when}\n\n{as_markdown(lines)}\n\n{_reading(result)}"
 
 
 def _reading(result: Mapping[str, Any]) -> str:
@@ -92,7 +92,7 @@ def _by_round(group: Mapping[int, Mapping[str, Any]], context: CardContext) -> s
         usable = score(result, AVERAGE, "format_validity")
         cells = [_with_error(score(result, AVERAGE, "accuracy")), f"{percent(usable['value'])} %" if usable else "-"]
         lines.append([f"{number:,}", revision, *cells])
-    averages = table(lines, 2)
+    averages = as_markdown(lines, left=(0, 1))
     if len(group) <= SHOWN_ROUNDS:
         return averages
     return f"<details>\n<summary>Average by round ({len(group)} evaluations)</summary>\n\n{averages}\n\n</details>"

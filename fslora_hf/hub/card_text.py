@@ -7,8 +7,8 @@ from typing import Any
 from urllib.parse import quote
 
 from ..common.foreign_text import LONGEST_MESSAGE
-from ..reports.leaderboard_tables import percent
-from ..reports.markdown import count, duration, fenced, one_line, plain, size, table, without_tokens
+from ..reports.markdown import count, duration, fenced, one_line, percent, plain, size, without_tokens
+from ..reports.tables import as_markdown
 from .card_context import CardContext, hub_id, round_tag
 from .card_scores import SHOWN_ROUNDS, score_section
 
@@ -119,9 +119,8 @@ def _facts(context: CardContext) -> str:
         "refused updates": f"{total['refused']:,}" if total["refused"] else "none",
         "training time": duration(total["seconds"]),
     }
-    return "## The run\n\n" + table(
-        [["", plain(context.name)], *([key.replace(" ", "&nbsp;"), value] for key, value in facts.items())], 2
-    )
+    lines = [["", plain(context.name)], *([key.replace(" ", "&nbsp;"), value] for key, value in facts.items())]
+    return "## The run\n\n" + as_markdown(lines, left=(0, 1))
 
 
 def _moved(total: Mapping[str, Any]) -> str:

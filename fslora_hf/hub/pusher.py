@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..reports.tables import as_text
 from .errors import HubError, translate
 from .outbox import Outbox, Snapshot
 from .uploader import HubTarget, push_snapshot
@@ -41,11 +42,7 @@ class Report:
         for snapshot, problem in self.rows:
             commit = (snapshot.commit or "-")[:12]
             lines.append((str(snapshot.round), snapshot.tag, commit, problem or "yes"))
-        widths = [max(len(line[column]) for line in lines) for column in range(3)]
-        return "\n".join(
-            "  ".join([number.rjust(widths[0]), tag.ljust(widths[1]), commit.ljust(widths[2]), state])
-            for number, tag, commit, state in lines
-        )
+        return "\n".join(line.rstrip() for line in as_text(lines, left=(1, 2, 3)))
 
 
 def push_pending(target: HubTarget, outbox: Outbox, **limits: float) -> Report:

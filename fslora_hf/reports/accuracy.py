@@ -10,7 +10,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..common.foreign_text import foreign_text
 from ..storage.files import whole_file
-from .ledger import ACCENT, DARK, GREY
+from .markdown import percent
+from .style import ACCENT, DARK, GREY
+from .tables import as_markdown
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> str:
@@ -19,18 +21,12 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     tasks = _tasks(results[0])
     header = ["", *map(_cell, tasks), "average", "average per character", "usable answers"]
     lines = [[_cell(result["name"]), *_cells(result, tasks)] for result in results]
-    majority = [_percent(_score(results[0], task, "accuracy")["majority_rate"]) for task in [*tasks, "average"]]
+    majority = [percent(_score(results[0], task, "accuracy")["majority_rate"]) for task in [*tasks, "average"]]
     rows = [f"{_score(results[0], task, 'accuracy')['rows']:,}" for task in [*tasks, "average"]]
     lines += [["most common answer", *majority, "", ""], ["questions", *rows, "", ""]]
     if all(line[-2] == "" for line in lines):  # no options were scored
         header, *lines = ([*line[:-2], line[-1]] for line in [header, *lines])
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    text = [
-        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *lines]
-    ]
-    table = "\n".join(f"| {line} |" for line in [text[0], " | ".join(rule), *text[1:]])
-    return "\n".join([table, *_remarks(results)])
+    return "\n".join([as_markdown([header, *lines], padded=True), *_remarks(results)])
 
 
 def plot_accuracy(results: Sequence[dict[str, Any]], folder: str | Path) -> Path:
@@ -84,11 +80,7 @@ def _cells(result: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     scores = [_score(result, task, "accuracy") for task in [*tasks, "average"]]
     scores += [_score(result, "average", "accuracy_norm")]
     cells = ["" if s is None else f"{100 * s['value']:.1f} ± {100 * s['standard_error']:.1f}" for s in scores]
-    return [*cells, _percent(_score(result, "average", "format_validity")["value"])]
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    return [*cells, percent(_score(result, "average", "format_validity")["value"])]
 
 
 def _remarks(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,12 +1,10 @@
 """A leaderboard as text, Markdown and CSV: shares in percent for people, of 1 in CSV."""
 
-import csv
-import html
-import io
-import re
 from collections.abc import Callable, Sequence
 
 from .leaderboard import Estimate, HasError, Leaderboard, Row, excludes_zero, interval
+from .markdown import escape_markdown, percent
+from .tables import as_csv, as_markdown, as_text
 
 MARK = "fslora_hf leaderboard"
 CSV_START = ("rank", "name", "protocol", "average", "average_low", "average_high", "average_standard_error")
@@ -15,21 +13,13 @@ METRIC_NAMES = {
     "accuracy_norm": "length-normalised accuracy",
     "format_validity": "format validity",
 }
-_LEFT = 3  # rank aside, so many columns of the table are texts or begin with one
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_LEFT = (1, 2)  # columns of the table that are texts
 
 
 def to_text(leaderboard: Leaderboard) -> str:
     """A table for a terminal, with its notes below."""
     cells = _grid(leaderboard, lambda note: f"[{note}]", lambda name: name)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        padded = [
-            cell.ljust(width) if 1 <= column < _LEFT else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(padded).rstrip())
+    lines = [line.rstrip() for line in as_text(cells, _LEFT)]
     rule = "-" * max(map(len, lines))
     lines.insert(1, rule)
     if leaderboard.majority_rates:
@@ -41,26 +31,19 @@ def to_text(leaderboard: Leaderboard) -> str:
 def to_markdown(leaderboard: Leaderboard) -> str:
     """A table as GitHub and the Hub render it."""
     cells = _grid(leaderboard, lambda note: f"<sup>{note}</sup>", escape_markdown)
-    aligned = [":--" if 1 <= column < _LEFT else "--:" for column in range(len(cells[0]))]
-    lines = ["| " + " | ".join(line) + " |" for line in [cells[0], aligned, *cells[1:]]]
     below = [f"- {escape_markdown(caption)}" for caption in captions(leaderboard)]
     below += [f"- <sup>{n}</sup> {escape_markdown(note)}" for n, note in enumerate(leaderboard.notes, 1)]
     heading = f"<!-- {MARK} -->\n**Leaderboard by {METRIC_NAMES[leaderboard.metric]}**"
-    return "\n".join([heading, "", *lines, "", *below])
+    return "\n".join([heading, "", as_markdown(cells, _LEFT), "", *below])
 
 
 def to_csv(leaderboard: Leaderboard) -> str:
     """Every number at full precision, as shares of 1; texts that a spreadsheet would run as formulas are quoted."""
-    file = io.StringIO()
     tasks = leaderboard.tasks
     header = [*CSV_START, *(column for task in tasks for column in (task, f"{task}_standard_error"))]
     header += ["difference", "difference_standard_error", "difference_excludes_zero", "reference", "questions"]
     header += ["prompt_hash", "rows_hash", "model", "revision", "adapter", "adapter_revision", "round", "time"]
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(map(_plain, [*header, "source"]))
-    for row in leaderboard.rows:
-        writer.writerow(map(_plain, _csv_cells(row, leaderboard)))
-    return file.getvalue().removesuffix("\n")
+    return as_csv([[*header, "source"], *(_csv_cells(row, leaderboard) for row in leaderboard.rows)])
 
 
 def _csv_cells(row: Row, leaderboard: Leaderboard) -> list[str | float | None]:
@@ -75,16 +58,6 @@ def _csv_cells(row: Row, leaderboard: Leaderboard) -> list[str | float | None]:
     cells += [row.questions(leaderboard.ranked_tasks), entry.prompt_hash, entry.rows_hash]
     cells += [entry.model.get("name"), entry.model.get("revision")]
     return [*cells, *(adapter.get(key) for key in ("name", "revision", "round")), entry.time, entry.source]
-
-
-def _plain(cell: str | float | None) -> str | float | None:
-    """A text that a spreadsheet takes for a text."""
-    return "'" + cell if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
-
-
-def escape_markdown(text: str) -> str:
-    """Text that stays text in a cell of a Markdown table."""
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text, quote=False))
 
 
 def captions(leaderboard: Leaderboard) -> list[str]:
@@ -144,7 +117,3 @@ def _difference(row: Row) -> str:
 
 def _with_error(score: HasError | None) -> str:
     return "-" if score is None else f"{percent(score.value)} ± {percent(score.standard_error)}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"

@@ -8,21 +8,20 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from ..storage.files import whole_file
 from ..storage.ledger import read_records
+from .style import ACCENT, DARK, GREY, RANK_COLOURS, dress
+from .tables import as_text
 
 PER_CLIENT = ("clients", "ranks", "weights", "losses", "update_norms")
 PER_ROUND = ("round", "refused", "bytes_down", "bytes_up", "bytes_full_rank", "seconds")
 HEADER = ("round", "clients", "ranks", "loss", "update norm", "MB up", "MB down", "seconds", "refused")
 LISTED = 6  # the table names up to so many clients of a round one by one, and counts more
 BARS = 30  # the figure draws up to so many clients of a run one by one, and counts more by rank
-DARK, GREY, ACCENT = "#22303c", "#8a949e", "#d1490c"
-RANK_COLOURS = LinearSegmentedColormap.from_list("ranks", ["#9ccbee", "#3b7dbd", "#12305c"])
 
 
 def read_ledger(path: str | Path) -> list[dict]:
@@ -102,8 +101,7 @@ def ledger_table(rows: Sequence[dict], every: int = 1) -> str:
     total = totals(rows)
     sums = (_mb(total["bytes_up"]), _mb(total["bytes_down"]), f"{total['seconds']:.1f}", str(total["refused"]))
     cells = [HEADER, *(_cells(row) for row in shown), ("all", "", "", "", "", *sums)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    lines = as_text(cells)
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
@@ -242,17 +240,6 @@ def _plot_bytes(axes: Axes, rows: Sequence[dict]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0, largest / unit * 1.35 or 1)  # room for the legend
     axes.legend(frameon=False, fontsize=8.5, labelcolor=DARK, loc="upper left")
-
-
-def dress(axes: Axes, title: str, xlabel: str) -> None:
-    """The look of every figure's axes."""
-    axes.set_title(title, loc="left", fontsize=11, color=DARK)
-    axes.set_xlabel(xlabel, color=DARK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=DARK, labelsize=9)
-    axes.grid(axis="y", color=GREY, alpha=0.25, lw=0.7)
-    axes.set_axisbelow(True)
 
 
 def _rank_colour(rank: int, top_rank: int) -> tuple[float, float, float, float]:

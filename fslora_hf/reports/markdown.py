@@ -1,12 +1,11 @@
 """Pieces of Markdown. Names, paths and commands are the user's: each is escaped for the place it stands in."""
 
+import html
 import re
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..common.foreign_text import LONGEST, foreign_text
 from ..common.masking import scrub, scrub_quoted
-from .leaderboard_tables import escape_markdown
 
 
 def one_line(text: Any, longest: int = LONGEST) -> str:
@@ -19,11 +18,9 @@ def without_tokens(command: str) -> str:
     return scrub_quoted(command, "$HF_TOKEN")
 
 
-def table(lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, the first line its header; so many columns are left-aligned, the rest right."""
-    header, *rows = lines
-    rule = [":--" if column < left else "--:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+def escape_markdown(text: str) -> str:
+    """Text that stays text in a cell of a Markdown table."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text, quote=False))
 
 
 def plain(text: Any, longest: int = LONGEST) -> str:
@@ -36,6 +33,10 @@ def fenced(code: str, language: str) -> str:
     code = code.strip("\n").replace("<!-- fslora_hf:", "<!-- fslora_hf :")  # no line of it may pass for a marker
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return f"{fence}{language}\n{code}\n{fence}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def count(number: int, noun: str) -> str:

@@ -35,7 +35,7 @@ from measurements import write_result
 
 from fslora_hf.methods import ClientUpdate
 from fslora_hf.methods.fslora import FSLoRA
-from fslora_hf.reports.ledger import ACCENT, DARK, GREY, RANK_COLOURS
+from fslora_hf.reports.style import ACCENT, DARK, GREY, RANK_COLOURS
 from fslora_hf.rounds.plan import ClientPlan, plan_round
 from fslora_hf.rounds.server import ServerState
 
