@@ -5,7 +5,7 @@ step or folder, which depend on the layout of processes and on where the run lie
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,6 @@ from .saving import Learned
 
 logger = logging.getLogger(__name__)
 
-# What an evaluation tells besides compute_metrics; the last two are of rows that are asked, and have more behind them.
-_MEASURED = ("loss", "entropy", "mean_token_accuracy")
-_ASKED = ("accuracy", "format_validity")
 # Of the configuration, what `evaluations_at_epochs` changes while a run is on, as it is otherwise.
 BETWEEN_RUNS = {"eval_strategy": "no", "eval_delay": 0}
 
@@ -97,6 +94,9 @@ class KeepsBestRound:
     """Of a trainer: its hooks around evaluations and the run's end. `_best` is a BestRound."""
 
     _best: BestRound
+    # What an evaluation tells besides compute_metrics; what is told of rows that are asked has more behind it.
+    measured_metrics: Sequence[str] = ("loss",)
+    asked_metrics: Sequence[str] = ()
 
     @property
     def _exportable(self) -> list[ExportableState]:
@@ -120,6 +120,31 @@ class KeepsBestRound:
         if self._best.round is None:
             return None
         return f"{self._best.round}, by {metric_key(self.args.metric_for_best_model)} {self.state.best_metric:.6g}"
+
+    def best_problems(
+        self, callbacks: Iterable[TrainerCallback], eval_dataset: Any, compute_metrics: Any
+    ) -> Iterator[str]:
+        """Why a best round could not be told, as far as that is known before a model is loaded."""
+        stops = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+        args, name = self.args, self.args.metric_for_best_model
+        if stops and not args.eval_rounds:
+            yield (
+                "Expected eval_rounds above 0 with EarlyStoppingCallback, found 0: set it, since the callback looks "
+                "at evaluations, or leave the callback out."
+            )
+        elif stops and name is None:
+            yield (
+                "Expected metric_for_best_model with EarlyStoppingCallback, found none: set it to the metric that "
+                "shall improve, such as loss."
+            )
+        elif name is not None and args.eval_rounds and compute_metrics is None:
+            sets = [f"{each}_" for each in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+            known = [each + metric for each in sets for metric in (*self.measured_metrics, *self.asked_metrics)]
+            asked = tuple(f"eval_{each}{metric}" for each in sets for metric in self.asked_metrics)
+            key = metric_key(name)
+            if key.removeprefix("eval_") not in known and not key.startswith(asked):
+                remedy = did_you_mean(key.removeprefix("eval_"), known)
+                yield f"Expected metric_for_best_model to be one of {', '.join(known)}, found {name!r}: {remedy}."
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
@@ -190,32 +215,6 @@ def evaluations_at_epochs(args: FederatedSketchConfig) -> Iterator[None]:
 def metric_key(name: str) -> str:
     """As evaluations call it."""
     return name if name.startswith("eval_") else f"eval_{name}"
-
-
-def best_problems(
-    args: FederatedSketchConfig, callbacks: Iterable[TrainerCallback], eval_dataset: Any, compute_metrics: Any
-) -> Iterator[str]:
-    """Why a best round could not be told, as far as that is known before a model is loaded."""
-    stops = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
-    name = args.metric_for_best_model
-    if stops and not args.eval_rounds:
-        yield (
-            "Expected eval_rounds above 0 with EarlyStoppingCallback, found 0: set it, since the callback looks at "
-            "evaluations, or leave the callback out."
-        )
-    elif stops and name is None:
-        yield (
-            "Expected metric_for_best_model with EarlyStoppingCallback, found none: set it to the metric that shall "
-            "improve, such as loss."
-        )
-    elif name is not None and args.eval_rounds and compute_metrics is None:
-        sets = [f"{each}_" for each in eval_dataset] if isinstance(eval_dataset, dict) else [""]
-        known = [each + metric for each in sets for metric in (*_MEASURED, *_ASKED)]
-        asked = tuple(f"eval_{each}{metric}" for each in sets for metric in _ASKED)
-        key = metric_key(name)
-        if key.removeprefix("eval_") not in known and not key.startswith(asked):
-            remedy = did_you_mean(key.removeprefix("eval_"), known)
-            yield f"Expected metric_for_best_model to be one of {', '.join(known)}, found {name!r}: {remedy}."
 
 
 def check_metric(name: str, metrics: Mapping[str, float]) -> None:

@@ -46,7 +46,7 @@ from ..updates.bounds import check_finite
 from ..updates.feedback import ErrorFeedback
 from ..updates.movement import Movement
 from ..updates.top_k import TopK
-from .best_round import BestRound, KeepsBestRound, best_problems, evaluations_at_epochs, has_stopped
+from .best_round import BestRound, KeepsBestRound, evaluations_at_epochs, has_stopped
 from .callbacks import RoundCallback, RoundProgressCallback
 from .checkpoints import KeepsCheckpoints
 from .checks import (
@@ -94,7 +94,7 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         problems = [*check_own_loss(type(self).__name__, args)] if self._own_loss else []
         problems += check_trainer_arguments(args, dataset, model, lora, held_out, unsupported)
         raise_together([*check_round_callbacks(own or 1), *problems])
-        raise_together(best_problems(args, callbacks, held_out, given.get("compute_metrics")))
+        raise_together(self.best_problems(callbacks, held_out, given.get("compute_metrics")))
         agree(lambda: check_writable(args.output_dir))
         raise_together(rows)
         raise_together(check_fold(args.method, given.get("quantization_config") is not None))
@@ -144,7 +144,7 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
             if isinstance(callback, (RoundCallback, RoundProgressCallback)):
                 callback.trainer = self
         own = [callback for callback in callbacks if isinstance(callback, RoundCallback)]
-        lacking = best_problems(self.args, callbacks, self.eval_dataset, self.compute_metrics)
+        lacking = self.best_problems(callbacks, self.eval_dataset, self.compute_metrics)
         raise_together([*check_round_callbacks(len(own)), *lacking])
         (self._round_callback,) = own
 

@@ -46,6 +46,8 @@ class FederatedSketchTrainer(FederatedTrainer, SFTTrainer):
     _tag_names = ["trl", "sft", "fslora_hf"]
     _name = "Federated sketching LoRA"
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+    measured_metrics = ("loss", "entropy", "mean_token_accuracy")
+    asked_metrics = ("accuracy", "format_validity")
     _forward_options = {"use_cache": False}
 
     def __init__(
