@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..methods import method_class
+from .adapter import global_pair, lora_layers
 from .description import quantization_of
-from .stack import global_pair, lora_layers
 from .targets import check_targets
 
 

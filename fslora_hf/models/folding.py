@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..storage.tensor_file import exactly, read_tensors
-from .stack import lora_layers
+from .adapter import lora_layers
 
 FOLDED_NAME = "folded_base.safetensors"
 ROWS = 512  # of a weight of another type than the factors', summed in the wider of the two at a time

@@ -18,8 +18,8 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from .adapter import lora_layers
 from .quantized import check_as_stored, keep_as_stored
-from .stack import lora_layers
 
 _PEFT_ERRORS = (
     "Target module",
