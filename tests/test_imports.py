@@ -22,7 +22,6 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
 STILL_UP = {("rounds", "models")}  # rooms
 STILL_IN_A_CIRCLE = {"trainers"}
 STILL_LONG = {
-    "fslora_hf/data/miniature_facts.py",
     "fslora_hf/data/partition.py: partition",
     "recipes/benchmarks/throughput.py: time_steps",
 }

@@ -6,17 +6,31 @@ each of them, so every option is right equally often wherever it stands, and not
 alone. No question of the train split is in the test split, whatever the seeds.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 from datasets import Dataset
 
 from ..common.draws import permutation_prefix, uniforms
-from . import miniature_facts as facts
 from .commonsense import TASKS, check_split, check_tasks, render_row, to_dataset
 from .templates import published_row
 
 Row = dict[str, str]
 Fact = tuple[str, str]  # a question (for boolq the subject of one) and its right answer
+
+# Word lists and short sentences: every fourth entry of a list belongs to the test split, so lists keep their order.
+# Any answer may stand beside any other as a wrong option, so none may also fit another entry's question.
+#   KINDS: kind of thing -> its members, words that take "a" or "an"
+#   PURPOSES: what somebody wants to do -> the thing made for it
+#   OPPOSITES: word -> its opposite
+#   PROCEDURES: goal -> what to do for it
+#   FEELINGS: how somebody feels -> what happened, said after a name
+#   SCENES: activity -> how a scene begins, how it goes on
+#   COMPARISONS: what one is more than the other -> who it then is, who it is not
+#   NAMES: of people; PLEASANT, UNPLEASANT: events; WISHES: ways to ask whether somebody likes one
+facts = SimpleNamespace(**json.loads(Path(__file__).with_name("miniature_facts.json").read_text(encoding="utf-8")))
 
 _ROWS_STEP = 12  # a multiple of the rows of every task's block
 _PATIENCE = 1000  # draws in a row that bring nothing new before the facts count as used up

@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from fslora_hf.data import TASKS, load_miniature, miniature_facts, options
-from fslora_hf.data.miniature import miniature_rows
+from fslora_hf.data import TASKS, load_miniature, options
+from fslora_hf.data.miniature import facts, miniature_rows
 
 CHOICES = {
     "ARC-Challenge": 4,
@@ -52,7 +52,7 @@ def test_options_alone_say_nothing(task, split, rows, seed):
     assert sum(right.values()) == rows
 
 
-EVENTS = {event: "true" for event in miniature_facts.PLEASANT} | dict.fromkeys(miniature_facts.UNPLEASANT, "false")
+EVENTS = {event: "true" for event in facts.PLEASANT} | dict.fromkeys(facts.UNPLEASANT, "false")
 
 
 def event_in(row: dict[str, str]) -> str:
@@ -92,7 +92,7 @@ def test_a_question_has_one_answer_and_one_split(task):
 
 @pytest.mark.parametrize("task", ["boolq", "winogrande"])
 def test_what_questions_are_about_is_in_one_split_only(task):
-    things = set(EVENTS) if task == "boolq" else set(miniature_facts.NAMES.split())
+    things = set(EVENTS) if task == "boolq" else set(facts.NAMES.split())
     asked = {
         split: {
             thing
@@ -125,16 +125,16 @@ def test_all_tasks_come_in_equal_numbers_as_prompts_and_completions():
 
 def test_the_facts_carry_the_balance():
     """Lists whose entries repeat, or that do not end on a test entry, would weaken the claims above."""
-    for words in [members.split() for members in miniature_facts.KINDS.values()] + [miniature_facts.NAMES.split()]:
+    for words in [members.split() for members in facts.KINDS.values()] + [facts.NAMES.split()]:
         assert len(set(words)) == len(words) and len(words) % 4 == 0
-    things = [word for members in miniature_facts.KINDS.values() for word in members.split()]
+    things = [word for members in facts.KINDS.values() for word in members.split()]
     assert len(set(things)) == len(things)
-    for facts in (miniature_facts.PURPOSES, miniature_facts.OPPOSITES, miniature_facts.PROCEDURES):
-        assert len(set(facts.values())) == len(facts) and len(facts) % 4 == 0
-    assert len({end for _, end in miniature_facts.SCENES.values()}) == len(miniature_facts.SCENES)
+    for uses in (facts.PURPOSES, facts.OPPOSITES, facts.PROCEDURES):
+        assert len(set(uses.values())) == len(uses) and len(uses) % 4 == 0
+    assert len({end for _, end in facts.SCENES.values()}) == len(facts.SCENES)
     assert not [(a, b) for a in EVENTS for b in EVENTS if a != b and a in b]
-    assert len(miniature_facts.PLEASANT) == len(miniature_facts.UNPLEASANT) == len(EVENTS) // 2
-    opposites = miniature_facts.OPPOSITES
+    assert len(facts.PLEASANT) == len(facts.UNPLEASANT) == len(EVENTS) // 2
+    opposites = facts.OPPOSITES
     assert not set(opposites) & set(opposites.values())
 
 
