@@ -29,7 +29,7 @@ def files_to_resume_from(folds: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a run learns: the global adapter, and the base where the method `folds` changes into it."""
+    """What a run learns: the global adapter, and the base where the method changes it (`folds`)."""
 
     model: PeftModel
     folds: bool
