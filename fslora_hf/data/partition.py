@@ -63,16 +63,9 @@ def partition(
         )
     options = {"column": column, "alpha": alpha, "shards_per_client": shards_per_client}
     options = {name: value for name, value in options.items() if value is not None}
-    problems = _option_problems(scheme, options) + _size_problems(
-        len(dataset), scheme, num_clients, min_examples, options.get("shards_per_client", 2)
-    )
-    if not is_whole(seed):
-        problems.append(f"Expected seed to be an integer, found {seed!r}: set it.")
-    if client_id_column in dataset.column_names:
-        problems.append(
-            f"Expected no column {client_id_column!r} in the data set yet, found one: train on it as it is, "
-            "remove it first, or name another client_id_column."
-        )
+    problems = _option_problems(scheme, options)
+    problems += _size_problems(len(dataset), scheme, num_clients, min_examples, options.get("shards_per_client", 2))
+    problems += _place_problems(dataset, seed, client_id_column)
     if problems:
         raise ValueError("\n".join(problems))
     options.pop("column", None)
@@ -225,6 +218,17 @@ def _size_problems(
         problems.append(
             f"Expected at least {least} rows, {least // num_clients} for each of {num_clients} clients, "
             f"found {num_rows}: lower num_clients or {'shards_per_client' if least > needed else 'min_examples'}."
+        )
+    return problems
+
+
+def _place_problems(dataset: Dataset, seed: int, client_id_column: str) -> list[str]:
+    """One sentence for a seed that is no integer, and one if the data set has the column that is to be added."""
+    problems = [] if is_whole(seed) else [f"Expected seed to be an integer, found {seed!r}: set it."]
+    if client_id_column in dataset.column_names:
+        problems.append(
+            f"Expected no column {client_id_column!r} in the data set yet, found one: train on it as it is, "
+            "remove it first, or name another client_id_column."
         )
     return problems
 

@@ -97,34 +97,18 @@ def time_steps(options: argparse.Namespace, block: int, federated: dict | None) 
     """
     import torch
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
-    from fslora_hf import FederatedSketchConfig, FederatedSketchTrainer
+    from fslora_hf import FederatedSketchTrainer
     from fslora_hf.common.host_memory import peak_bytes
 
     clock, steps = make_clock(), options.steps + 2
     model = load_model(options)
     rows, tokenizer = rows_and_tokenizer(options, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as output_dir:
-        shared = QUIET | dict(output_dir=output_dir, use_cpu=options.cpu)
-        if options.rows != RANDOM:
-            shared["completion_only_loss"] = options.scored == "completion"
-        if federated is not None:
-            args = FederatedSketchConfig(
-                **shared,
-                **federated,
-                num_rounds=1,
-                local_steps=steps,
-                per_device_train_clients=block,
-                per_device_train_batch_size=options.batch_size,
-                save_rounds=0,
-            )
-        else:
-            batch = options.batch_size * block
-            args = SFTConfig(**shared, max_steps=steps, per_device_train_batch_size=batch, save_strategy="no")
         trainer = (SFTTrainer if federated is None else FederatedSketchTrainer)(
             model=model,
-            args=args,
+            args=_settings(options, block, federated, steps, output_dir),
             train_dataset=rows,
             processing_class=tokenizer,
             peft_config=LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS),
@@ -148,6 +132,29 @@ def time_steps(options: argparse.Namespace, block: int, federated: dict | None) 
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _settings(options: argparse.Namespace, block: int, federated: dict | None, steps: int, output_dir: str):
+    """The trainer's configuration: one round of `steps` local steps, or as many steps of SFTTrainer."""
+    from trl import SFTConfig
+
+    from fslora_hf import FederatedSketchConfig
+
+    shared = QUIET | dict(output_dir=output_dir, use_cpu=options.cpu)
+    if options.rows != RANDOM:
+        shared["completion_only_loss"] = options.scored == "completion"
+    if federated is None:
+        batch = options.batch_size * block
+        return SFTConfig(**shared, max_steps=steps, per_device_train_batch_size=batch, save_strategy="no")
+    return FederatedSketchConfig(
+        **shared,
+        **federated,
+        num_rounds=1,
+        local_steps=steps,
+        per_device_train_clients=block,
+        per_device_train_batch_size=options.batch_size,
+        save_rounds=0,
+    )
 
 
 def make_clock():
