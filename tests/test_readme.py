@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from test_loglikelihood import fitted, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fslora_hf import FederatedSketchConfig
 from fslora_hf.config.recipe import RecipeArguments
 from fslora_hf.data.miniature import miniature_rows
+from tests.evaluation.test_loglikelihood import fitted, tokenizer
 from tests.support import tiny
 
 pytest_plugins = ("tests.support.forked",)
@@ -140,7 +140,7 @@ def test_compare_command_runs(run_script, tmp_path):
     words = shlex.split(command.replace("FOLDER", str(rows)))
     shorter = f"--model_name_or_path {base} --output_dir {out} --methods fslora ffa_lora --seeds 1 --rounds 1"
     shorter += " --local_steps 1 --tasks boolq --eval_rows_per_task 4 --max_length 512 --dirichlet_alpha 1000"
-    run_script(*words[1:], *shorter.split())
+    run_script(*words[1:], *shorter.split(), forks=True)
     table = (out / "table.md").read_text()
     assert "| fslora |" in table and "| ffa\\_lora |" in table and "hetlora" not in table
     assert {path.suffix for path in out.iterdir()} >= {".md", ".html", ".json", ".png", ".svg"}

@@ -313,8 +313,8 @@ def test_a_run_that_a_killed_comparison_left_at_work_is_waited_for(plan, tmp_pat
     _, (run, *_) = plan()
     folder = Folder(tmp_path / "out")
     folder.log(run.name).parent.mkdir(parents=True)
-    code = "import time; from tests import compared; from pathlib import Path; time.sleep(1.5); compared.write_run("
-    code += f"Path({str(folder.run(run.name))!r}), 4, {{4: (1.0, 0.5)}})"
+    code = "import time; from tests.support import compared; from pathlib import Path; time.sleep(1.5); "
+    code += f"compared.write_run(Path({str(folder.run(run.name))!r}), 4, {{4: (1.0, 0.5)}})"
     with open(folder.log(run.name), "a") as log:
         assert lock_file(log.fileno())
         orphan = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, cwd=ROOT)

@@ -59,7 +59,7 @@ PLAIN = {"server_optim": "sgd"}
 def test_a_federation_gives_the_simulators_adapter(tmp_path, source, nodes, settings):
     recipe = federated.write_recipe(source, tmp_path, **settings)
     federated.simulate(recipe, tmp_path / "simulated")
-    table = federated.federate(recipe, federated.LocalExchange(nodes))
+    table = federated.federate(recipe, federated.LocalExchange(nodes), drawn=True)
     adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
     assert reference.max_difference(*adapters) < 1e-9
     # ffa_lora's A is sent once, which the simulator leaves out.

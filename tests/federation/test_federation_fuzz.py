@@ -1,6 +1,5 @@
 """Seeded damage to what comes to a federation's server: the right result, or that one node refused in one line."""
 
-import gc
 import json
 from types import SimpleNamespace
 
@@ -165,7 +164,6 @@ def test_a_damaged_roster_is_told_in_a_sentence(tmp_path):
 
 
 def test_a_run_with_a_node_whose_every_answer_is_damaged_is_the_others(tmp_path):
-    gc.freeze()
     source = federated.write_model_and_rows(tmp_path)
     recipe = federated.write_recipe(
         source, tmp_path, clients_per_round=None, server_optim="sgd", num_rounds=20, local_steps=1
@@ -191,4 +189,3 @@ def test_a_run_with_a_node_whose_every_answer_is_damaged_is_the_others(tmp_path)
         assert {one["client_id"] for one in line["refused"]} <= {2}
         for one in line["refused"]:
             check_line(one["reason"])
-    gc.unfreeze()

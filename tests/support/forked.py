@@ -17,12 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import prepare_simple_launcher_cmd_env
 
+from tests.support.forked_trainings import fork_trainings, launched_environment
 from tests.support.worker_train import rank_variables, run, run_as
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = ROOT / "recipes/accelerate_configs/cpu.yaml"
 LONGEST = 120  # seconds
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -73,14 +73,19 @@ def run_python(server, tmp_path_factory):
     and nothing is imported again.
 
     A script that reads its environment when libraries are imported needs a start of its own; the first word is a
-    script's path or -m. Returns what subprocess.run(..., capture_output=True, text=True) would.
+    script's path or -m. With `forks`, the trainings that a comparison starts are forked, too. Returns what
+    subprocess.run(..., capture_output=True, text=True) would.
     """
 
     def start_and_wait(
-        *words: str, cwd: Path | None = None, env: dict[str, str] | None = None, processes: int = 1
+        *words: str,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        processes: int = 1,
+        forks: bool = False,
     ) -> subprocess.CompletedProcess:
         folder = tmp_path_factory.mktemp("said")
-        given = [str(word) for word in words], str(cwd or Path.cwd()), str(folder)
+        given = [str(word) for word in words], str(cwd or Path.cwd()), str(folder), forks
         variables = dict(os.environ if env is None else env)
         ranks = [variables]
         if processes > 1:
@@ -108,8 +113,9 @@ def run_script(run_python):
     """Runs a script of recipes/ with its arguments in the environment that `accelerate launch` with the CPU's
     configuration would give it; returns what it printed. (tests/recipes/test_recipes.py has `accelerate launch`.)"""
 
-    def start_and_wait(script: str, *arguments: str, cwd: Path = ROOT) -> str:
-        done = run_python(script, *arguments, cwd=cwd, env={**os.environ, **launched_environment()})
+    def start_and_wait(script: str, *arguments: str, cwd: Path = ROOT, forks: bool = False) -> str:
+        environment = {**os.environ, **launched_environment(CPU)}
+        done = run_python(script, *arguments, cwd=cwd, env=environment, forks=forks)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -133,16 +139,10 @@ def wait_for(ranks: list, longest: float = LONGEST) -> list[int]:
     return [process.exitcode for process in ranks]
 
 
-def launched_environment() -> dict[str, str]:
-    """What `accelerate launch --config_file recipes/accelerate_configs/cpu.yaml` sets."""
-    parser = launch_command_parser()
-    arguments = parser.parse_args(["--config_file", str(ROOT / "recipes/accelerate_configs/cpu.yaml"), "script.py"])
-    arguments, *_ = _validate_launch_command(arguments)
-    return prepare_simple_launcher_cmd_env(arguments)[1]
-
-
-def run_file(words: list[str], cwd: str, folder: str, environment: dict[str, str]) -> None:
+def run_file(words: list[str], cwd: str, folder: str, forks: bool, environment: dict[str, str]) -> None:
     """What `python words...` does, its output into files of a folder."""
+    if forks:
+        fork_trainings()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -6,74 +6,22 @@ comparison, the kill takes the script and its run, or the script alone, whose ru
 
 import os
 import random
-import runpy
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import fslora_hf.comparison.launching as launching
 import fslora_hf.comparison.results as results
 import recipes.compare
 import recipes.evaluate
 import recipes.train  # noqa: F401  (ready for forked children)
 from tests.support.disk_operations import DiskOperations
+from tests.support.forked_trainings import at_end, fork_trainings, run_main
 from tests.support.photographs import differences, photograph
 
 ROOT = Path(__file__).parents[2]
-at_end: list[Callable[[], None]] = []  # called when a script has ended, in the processes forked from this one, too
-
-
-class Forked:
-    """In place of `subprocess.Popen` of a training script: a fork of this process, which has everything imported."""
-
-    def __init__(self, command: list[str], stdout, stderr, stdin):
-        self.code, self.pid = None, os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                for number in (1, 2):
-                    os.dup2(stdout.fileno(), number)
-                code = run_main(command[1:])
-            finally:
-                os._exit(code)
-
-    def poll(self) -> int | None:
-        if self.code is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if ended else None
-        return self.code
-
-    def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
-
-    def wait(self) -> None:
-        while self.poll() is None:
-            time.sleep(0.01)
-
-
-def run_main(command: list[str]) -> int:
-    """Run a script as `python script ...` would; returns its exit code."""
-    sys.argv = command
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        code = 1
-    for each in (*at_end, sys.stdout.flush, sys.stderr.flush):
-        each()
-    return code or 0
 
 
 class GroupKill(DiskOperations):
@@ -92,8 +40,7 @@ def play(command: list[str], said: str, root: str, operation: int | None, counte
     os.setpgid(0, 0)
     for number in (1, 2):
         os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    launching.subprocess = type("Forks", (), {"Popen": Forked, "STDOUT": None, "DEVNULL": None})
-    launching._LOOK = 0.02
+    fork_trainings()
     if operation is not None or counted is not None:
         disk = GroupKill(root, operation)
         disk.armed = True
