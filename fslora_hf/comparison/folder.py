@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..common.settings import default_of, shown
+from ..config.decides import where
 from ..storage.files import make_folder, write_text
 from ..storage.locks import LOCK_NAME, held
 from .arguments import RECIPE_TYPES
@@ -17,14 +18,8 @@ from .runs import Run
 from .splits import Split
 
 SAVED = "runs.json"
-# Settings that change speed, logs or rounding, but not what is compared.
-NEUTRAL = set(
-    (
-        "output_dir logging_dir logging_steps logging_strategy logging_first_step disable_tqdm report_to run_name "
-        "save_rounds save_total_limit max_lost_rounds per_device_train_clients per_device_eval_batch_size "
-        "dataloader_num_workers dataloader_pin_memory use_cpu log_level push_to_hub hub_model_id hub_token"
-    ).split()
-)
+# Settings that change speed, logs or rounding, but not what is compared; older folders name one that is gone.
+NEUTRAL = {*where(RECIPE_TYPES, lambda each: each.decides != "result" and not each.compared), "logging_dir"}
 _DEFAULTS = {each.name: each for kind in RECIPE_TYPES for each in fields(kind)}
 
 
@@ -113,7 +108,7 @@ def _differing(saved: dict[str, Any], described: dict[str, Any]) -> list[str]:
     names = {"rows": "the training rows changed", "held_out": "the held-out rows changed"}
     texts = [text for name, text in names.items() if saved[name] != described[name]]
     before, now = saved["settings"], described["settings"]
-    for name in sorted(before.keys() | now.keys()):
+    for name in sorted((before.keys() | now.keys()) - NEUTRAL):
         default = default_of(_DEFAULTS[name]) if name in _DEFAULTS else None
         old, new = before.get(name, default), now.get(name, default)
         if old != new:

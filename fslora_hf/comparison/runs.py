@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.masking import find_secrets
 from ..common.settings import SettingsError, sentence
+from ..config.decides import where
 from ..config.federation import FederatedSketchConfig
 from ..config.recipe import ModelArguments, RecipeArguments, build_settings
 from ..methods import method_class
@@ -17,15 +18,9 @@ from .arguments import RECIPE_TYPES, Comparison
 # Who has which rank is said by these together: a mapping that names one of them replaces all of those below it.
 RANKS = ("client_ranks", "rank_distribution", "min_rank", "max_rank")
 # How rows are dealt to clients, which a case may vary.
-PARTITION = (
-    "partition num_clients partition_column dirichlet_alpha shards_per_client min_examples client_id_column"
-).split()
+PARTITION = where(RECIPE_TYPES, lambda each: each.compared == "split")
 # What must be the same in all runs: other rows, another model or another way to ask are no comparison.
-ALIKE = (
-    "dataset data_dir tasks train_rows_per_task eval_rows_per_task eval_protocol eval_num_beams eval_max_new_tokens "
-    "max_length overlong_prompts completion_only_loss assistant_only_loss model_name_or_path model_revision dtype "
-    "load_in_4bit load_in_8bit bnb_4bit_quant_type"
-).split()
+ALIKE = where(RECIPE_TYPES, lambda each: each.compared == "alike")
 
 
 @dataclass(frozen=True)

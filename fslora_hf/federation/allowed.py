@@ -1,4 +1,4 @@
-"""Which settings of a recipe a node obeys. What is not listed here it refuses, also what a later version will add.
+"""Which settings of a recipe a node obeys. What nothing is said of it refuses, also what a later version will add.
 
 A recipe comes from whoever starts a run. Of its settings a node obeys those that decide what is computed and can do no
 harm, takes no notice of those that are the server's business or the node's own, and refuses the rest, which its owner
@@ -18,55 +18,18 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..common.foreign_text import foreign_names, foreign_text, foreign_value
 from ..common.masking import find_secrets, is_secret_name, mask
 from ..common.settings import default_of
+from ..config.arguments import ModelArguments, RecipeArguments
+from ..config.decides import where
 from ..config.federation import FederatedSketchConfig
-from ..config.recipe import ModelArguments, RecipeArguments
 from ..trainers.checks import raise_together
 
 logger = logging.getLogger(__name__)
 
 RECIPE_TYPES = (RecipeArguments, FederatedSketchConfig, ModelArguments)
 
-OBEYED = (
-    # the rows, of nodes without data of their own, and how all rows are made into tokens
-    "dataset data_dir tasks train_rows_per_task partition num_clients partition_column dirichlet_alpha "
-    "shards_per_client min_examples client_id_column dataset_text_field dataset_kwargs max_length overlong_prompts "
-    "completion_only_loss assistant_only_loss pad_to_multiple_of remove_unused_columns eos_token pad_token "
-    # the model and its adapter
-    "model_name_or_path model_revision model_init_kwargs attn_implementation dtype load_in_4bit load_in_8bit "
-    "bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant use_peft lora_r lora_alpha lora_dropout "
-    "lora_target_modules use_rslora "
-    # the steps
-    "num_rounds local_steps per_device_train_batch_size gradient_accumulation_steps average_tokens_across_devices "
-    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 "
-    "adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha loss_type router_aux_loss_coef seed data_seed "
-    # the method
-    "method sketch_scope server_optim server_learning_rate client_weighting upload_top_k error_feedback "
-    # precision and memory
-    "use_cpu bf16 tf32 full_determinism activation_checkpointing activation_checkpointing_kwargs "
-    "gradient_checkpointing gradient_checkpointing_kwargs activation_offloading use_cache torch_empty_cache_steps"
-).split()
-
-IGNORED = (
-    # the server's: who takes part, what is kept, evaluated and pushed
-    "clients_per_round client_ranks rank_distribution min_rank max_rank upload_budget output_dir "
-    "per_device_train_clients save_rounds save_total_limit save_on_each_node resume_from_checkpoint max_lost_rounds "
-    "eval_rounds eval_on_start eval_rows_per_task eval_protocol eval_num_beams eval_max_new_tokens "
-    "per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object "
-    "eval_accumulation_steps include_for_metrics batch_eval_metrics metric_for_best_model greater_is_better "
-    "load_best_model_at_end push_to_hub push_rounds push_resume_state push_eval_results push_eval_yaml hub_model_id "
-    "hub_revision hub_token hub_private_repo hub_deadline "
-    # the log, which is the server's, and the node's own
-    "logging_steps logging_first_step logging_strategy logging_nan_inf_filter log_on_each_node log_level "
-    "log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name project trackio_space_id "
-    "trackio_bucket_id trackio_static_space_id debug skip_memory_metrics "
-    # how a machine does it, which is its own business: processes, compilers, launches
-    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-    "dataloader_multiprocessing_context dataloader_drop_last dataset_num_proc torch_compile torch_compile_backend "
-    "torch_compile_mode use_liger_kernel liger_kernel_config local_rank ddp_backend ddp_timeout ddp_bucket_cap_mb "
-    "ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph "
-    # what nothing here reads
-    "do_train do_eval do_predict label_names length_column_name packing_strategy"
-).split()
+# As the fields themselves say, or the table of those that are not ours (config/decides.py).
+OBEYED = where(RECIPE_TYPES, lambda each: each.at_node == "obeys")
+IGNORED = where(RECIPE_TYPES, lambda each: each.at_node == "ignores")
 
 # Why, of those that are refused; the rest has the general reason.
 _WHY = {

@@ -12,14 +12,14 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_text, foreign_value
+from ..config.arguments import ModelArguments
+from ..config.decides import held_values, is_held, where
 from ..config.federation import FederatedSketchConfig
-from ..config.recipe import ModelArguments
-from ..trainers.identity import DEFINING_ARGUMENTS
 
 # Of a model's configuration, what says nothing about which model it is.
 _PASSING = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
-_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
-_OF_THE_FEDERATION = {"rank_distribution", "min_rank", "max_rank"}  # the server's, and each node's own rank
+_OWN = set(where([FederatedSketchConfig], lambda each: is_held(each) and each.at_node == "obeys"))
+_LORA = where([ModelArguments], lambda each: str(each.entry).startswith(("lora", "adapted layers")))
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Standing:
 
     @classmethod
     def of(cls, args: FederatedSketchConfig, model_args: ModelArguments) -> "Standing":
-        values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS if name not in _OF_THE_FEDERATION}
+        values = {name: value for name, value in held_values(args).items() if name in _OWN}
         values |= {name: getattr(model_args, name) for name in _LORA}
         values["examples a local step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
         values = json.loads(json.dumps(values, default=str))

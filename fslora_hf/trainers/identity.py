@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..config.decides import held_values
 from ..config.federation import FederatedSketchConfig
 from ..data.clients import client_ranks
 from ..data.rows import digest_rows
@@ -16,11 +17,6 @@ from ..methods import method_class
 from ..models.adapter import lora_layers
 from ..models.description import quantization_of
 
-DEFINING_ARGUMENTS = (
-    "seed data_seed method rank_distribution min_rank max_rank local_steps sketch_scope server_optim "
-    "client_weighting upload_top_k learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
-    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm loss_type neftune_noise_alpha"
-).split()
 _DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
 
 
@@ -41,13 +37,11 @@ def identity(
     `dataset` holds the prepared rows of so many `clients`, of which `cohort_size` take part in a round.
     """
     base, lora = model.get_base_model(), model.peft_config["default"]
-    values = {name: getattr(args, name) for name in DEFINING_ARGUMENTS}
+    values = held_values(args)
     values |= {f"lora {name}": getattr(lora, name) for name in _DEFINING_LORA}
     values |= {
         "server_learning_rate": args.resolved_server_learning_rate,
         "error_feedback": args.error_feedback or None,
-        "metric_for_best_model": args.metric_for_best_model,
-        "greater_is_better": args.greater_is_better,
         "clients": clients,
         "clients_per_round": cohort_size,
         "examples a local step": args.per_device_train_batch_size * args.gradient_accumulation_steps,

@@ -12,7 +12,8 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from fslora_hf.common.settings import SettingsError
-from fslora_hf.config.federation import METHODS, RANK_DISTRIBUTIONS, SERVER_OPTIMIZERS, FederatedSketchConfig
+from fslora_hf.config.federation import FederatedSketchConfig
+from fslora_hf.config.fields import METHODS, RANK_DISTRIBUTIONS, SERVER_OPTIMIZERS
 from fslora_hf.config.refusals import LOCAL_OPTIMIZERS, REFUSED
 from fslora_hf.data.clients import RANK_LAWS
 from fslora_hf.methods import METHODS as METHOD_CLASSES

@@ -12,10 +12,11 @@ import torch
 import yaml
 
 from fslora_hf.common.settings import default_of
+from fslora_hf.config.decides import is_held, where
+from fslora_hf.config.federation import FederatedSketchConfig
 from fslora_hf.federation import allowed
 from fslora_hf.federation.node import Node, NodeSettings
 from fslora_hf.federation.packet import Packet
-from fslora_hf.trainers.identity import DEFINING_ARGUMENTS
 from tests.support import federated
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/federation.md").read_text()
@@ -61,11 +62,13 @@ def invite(folder: Path, recipe: dict, **settings) -> Packet:
 def test_every_setting_has_a_row():
     """Of the page, and those that it names are those that there are: a new setting is decided on, or refused."""
     undecided = sorted(FIELDS.keys() - table().keys())
-    assert not undecided, f"say in federation/allowed.py and docs/federation.md what a node does with {undecided}"
+    assert not undecided, f"say in config/decides.py and docs/federation.md what a node does with {undecided}"
     assert table().keys() == {*FIELDS, "env"}
     assert {*allowed.OBEYED} | {*allowed.IGNORED} <= FIELDS.keys()
-    decides = {*DEFINING_ARGUMENTS} - {"rank_distribution", "min_rank", "max_rank"}
-    assert decides <= {*allowed.OBEYED}
+    # Of what decides a result, a node takes no notice of who takes part and of which round is the best.
+    servers = "clients_per_round client_ranks rank_distribution min_rank max_rank".split()
+    servers += ["metric_for_best_model", "greater_is_better"]
+    assert {*where([FederatedSketchConfig], is_held)} - {*allowed.OBEYED} == {*servers}
 
 
 @pytest.mark.parametrize("name", [*FIELDS, "env", "a_setting_of_tomorrow"])
