@@ -118,7 +118,8 @@ class ClientStack:
         """Refill the stack with the clients of a block, for the model to compute with at work.
 
         The parameters stay the same objects, in the same memory, and take the block's shape; without clients (an idle
-        block) they keep what they hold.
+        block) they keep what they hold. Whoever keeps a loss of the block before, with its graph, may: it is of no use
+        for a backward pass any more, and does not stand in the way of one.
         """
         self._received = tuple(adapters)
         for name, layer in self._layers.items() if adapters else ():
@@ -126,7 +127,7 @@ class ClientStack:
                 (layer.client_A, self._rooms[name][0], [adapter.A[name] for adapter in adapters]),
                 (layer.client_B, self._rooms[name][1], [adapter.B[name] for adapter in adapters]),
             ):
-                stacked.grad = None  # one of the last block has that block's shape
+                _forget_graphs(stacked)
                 sizes = zip(*(tensor.shape for tensor in tensors), strict=True)
                 shape = len(tensors), *map(max, sizes)
                 stacked.data = room[: math.prod(shape)].view(shape)
@@ -220,6 +221,18 @@ class ClientStack:
                 layer.lora_variant[self._adapter_name] = self._variant
             else:
                 layer.lora_variant.pop(self._adapter_name, None)
+
+
+def _forget_graphs(stacked: nn.Parameter) -> None:
+    """Part a parameter from its gradient and from the graphs of the last block, which may have had another shape.
+
+    While somebody keeps such a graph, torch hands the node in it that takes this parameter's gradient to the next
+    graph, too. It still expects the old shape: it refuses the new gradient, or sums it where it can be summed to the
+    old (of rank 1). Data of another type make torch leave that node, and nothing else of the parameter (its hooks,
+    say); the next forward pass makes a new one (torch 2.13.0).
+    """
+    stacked.grad = None
+    stacked.data = stacked.data.new_empty(0, dtype=torch.float16)
 
 
 def _leave_clients_out(layer: LoraLayer, state_dict: dict, prefix: str, metadata: dict) -> None:

@@ -140,6 +140,45 @@ def test_a_block_takes_no_more_than_its_clients_and_its_largest_rank(stacked):
     assert all(torch.equal(a.B[name], b.B[name]) for a, b in zip(before, after, strict=True) for name in a.B)
 
 
+@pytest.mark.parametrize("kept", ["loss", "outputs"])
+def test_what_is_kept_over_a_hand_over_breaks_no_backward(stacked, kept):
+    """Blocks of another shape, while someone holds the graph of the last one; and that graph is of no more use."""
+    model, stack, adapters, ids = stacked
+    hooked = []
+    for number, parameter in enumerate(stack.parameters()):
+        parameter.register_hook(lambda gradient, number=number: hooked.append(number))
+    held = []
+    for first, last in (
+        (0, 3),
+        (0, 1),
+        (1, 3),
+        (0, 1),
+        (0, 3),
+    ):  # of rank 1, too: a sum over wider ones is not refused
+        stack.load(adapters[first:last])
+        rows = ids[2 * first : 2 * last]
+        with stack.at_work(rows.numel()):
+            logits = model(input_ids=rows).logits
+            loss = client_loss(logits, last - first)
+            loss.backward(retain_graph=True)
+        assert all(p.grad.shape == p.shape and p.grad.abs().sum() > 0 for p in stack.parameters())
+        held.append(loss if kept == "loss" else logits)
+    assert len(hooked) == 5 * len(stack.parameters())
+    twin = make_model(rslora=model.peft_config["default"].use_rslora)
+    fresh = ClientStack(twin, 4, 5)
+    fresh.attach()
+    fresh.load(adapters)
+    with fresh.at_work(ids.numel()):
+        client_loss(twin(input_ids=ids).logits, 3).backward()
+    for parameter, expected in zip(stack.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(parameter.grad, expected.grad)
+    before = [parameter.grad.clone() for parameter in stack.parameters()]
+    for old in held[:-1]:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            old.sum().backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(stack.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("max_norm", [0.0, 0.3, 1e6])
 def test_each_client_is_clipped_as_if_alone(stacked, max_norm):
     """Client 1's gradients are a thousand times the others', which a joint norm would crush."""

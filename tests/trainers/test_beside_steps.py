@@ -99,6 +99,58 @@ def test_log_completions_callback_works_as_under_sft_trainer(tmp_path, checkpoin
     assert {step for step, *_ in told} == {str(step) for step in range(1, 5)}
 
 
+class KeepsLosses(FederatedSketchTrainer):
+    """Holds every loss of clients with its graph, as one that plots them at the end might."""
+
+    def client_losses(self, *args):
+        losses = super().client_losses(*args)
+        self.kept.append(losses)
+        return losses
+
+
+class KeepsOutputs(FederatedSketchTrainer):
+    """A loss of its own, held with its graph and the outputs that it is of."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False)
+        self.kept.append(outputs.loss)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class Forgets(KeepsOutputs):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.kept[-1] = self.kept[-1].detach()
+        return loss
+
+
+@pytest.mark.parametrize(
+    "kind, twin, block", [(KeepsLosses, FederatedSketchTrainer, 2), (KeepsOutputs, Forgets, 1)], ids=["two", "own"]
+)
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`")
+def test_losses_kept_over_hand_overs_change_nothing(tmp_path, kind, twin, block):
+    """Five clients of five ranks: every block has another shape than the one before it."""
+    args = {**ARGS, "client_ranks": [4, 1, 6, 2, 3], "optim": "adamw_torch", "weight_decay": 0.1}
+    ends = []
+    for cls in (kind, twin):
+        folder = tmp_path / cls.__name__
+        every = {**QUIET, **SMALL, **args, "max_grad_norm": 0.05, "per_device_train_clients": block}
+        trainer = cls(
+            model=tiny.base_model(),
+            args=FederatedSketchConfig(output_dir=str(folder), **every),
+            train_dataset=tiny.tokenised(),
+            processing_class=tiny.tokenizer(),
+            peft_config=tiny.lora_config(),
+        )
+        trainer.kept = []
+        trainer.train()
+        ends.append((reference.read_adapter(trainer.model), [line["losses"] for line in ledger(folder)]))
+        if cls is kind:
+            assert len(trainer.kept) == trainer.state.global_step * 2
+            assert all(loss.grad_fn is not None for loss in trainer.kept)
+    assert reference.max_difference(ends[0][0], ends[1][0]) == 0 and ends[0][1] == ends[1][1]
+
+
 # ---- A subclass's own loss ----
 
 
