@@ -1,14 +1,12 @@
 """The report of a comparison: all its files, the Markdown text, and one HTML page that needs no network."""
 
 import base64
-import html
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..reports.leaderboard_page import policy
+from ..reports.html import fill_page
 from ..reports.markdown import escape_markdown
 from ..storage.files import write_text
 from .figures import draw_all
@@ -47,35 +45,17 @@ def to_report(summary: dict[str, Any], figures: Sequence[tuple[str, str]]) -> st
 
 def to_html(summary: dict[str, Any], figures: Sequence[tuple[str, str]], folder: Path) -> str:
     """The report as a page that works from a file; its policy forbids the browser to load anything."""
-    template = TEMPLATE.read_text(encoding="utf-8")
-    runs = sum(len(variant["runs"]) for variant in summary["variants"])
-    fill = {
-        "policy": policy(template),
-        "title": html.escape(summary["title"]),
-        "lede": html.escape(f"{budget_told(summary['budget'])} {runs} runs."),
-        "table": _table(grid(summary)),
-        "captions": "\n".join(f"<li>{html.escape(caption)}</li>" for caption in captions(summary)),
-        "figures": "\n".join(_figure(folder / f"{name}.svg", caption) for name, caption in figures),
-    }
-    # In one pass, so that no value is searched for places to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: fill[place[1]], template)
-
-
-def _table(cells: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in cells[0])
-    rows = [
-        f'<tr><th scope="row">{html.escape(line[0])}</th>'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in line[1:])
-        + "</tr>"
-        for line in cells[1:]
-    ]
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
-
-
-def _figure(path: Path, caption: str) -> str:
-    """An image whose bytes are in the page."""
-    image = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption)
-    return (
-        f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{image}"><figcaption>{text}</figcaption></figure>'
+    return fill_page(
+        TEMPLATE,
+        title=summary["title"],
+        budget=budget_told(summary["budget"]),
+        runs=sum(len(variant["runs"]) for variant in summary["variants"]),
+        table=grid(summary),
+        captions=captions(summary),
+        figures=[(_encoded(folder / f"{name}.svg"), caption) for name, caption in figures],
     )
+
+
+def _encoded(path: Path) -> str:
+    """The bytes of an image, which are in the page, in base64."""
+    return base64.b64encode(path.read_bytes()).decode()

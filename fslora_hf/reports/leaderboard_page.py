@@ -1,13 +1,9 @@
 """A leaderboard as one HTML page that needs no network: style, script and numbers are in it."""
 
-import base64
-import hashlib
-import html
-import json
-import re
 from pathlib import Path
 from typing import Any
 
+from .html import fill_page
 from .leaderboard import HasError, Leaderboard, Row
 from .leaderboard_tables import MARK, METRIC_NAMES, to_text
 
@@ -19,17 +15,14 @@ def to_html(leaderboard: Leaderboard, title: str = "Leaderboard") -> str:
 
     Sorting, the choice of tasks and the search run in the page; without scripts it shows the text table.
     """
-    template = TEMPLATE.read_text(encoding="utf-8")
-    fill = {
-        "policy": policy(template),
-        "mark": MARK,
-        "title": html.escape(title),
-        "metric": METRIC_NAMES[leaderboard.metric],
-        "text": html.escape(to_text(leaderboard)),
-        "data": _json_in_html(payload(leaderboard)),
-    }
-    # In one pass, so that no value is searched for places to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: fill[place[1]], template)
+    return fill_page(
+        TEMPLATE,
+        mark=MARK,
+        title=title,
+        metric=METRIC_NAMES[leaderboard.metric],
+        text=to_text(leaderboard),
+        data=payload(leaderboard),
+    )
 
 
 def payload(leaderboard: Leaderboard) -> dict[str, Any]:
@@ -80,22 +73,3 @@ def _listing(values: dict[str, Any]) -> str:
     """`{"name": "a", "revision": None, "round": 3}` as `a, round 3`."""
     parts = [str(value) if key == "name" else f"{key} {value}" for key, value in values.items() if value is not None]
     return ", ".join(parts)
-
-
-def _json_in_html(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def policy(template: str) -> str:
-    """A Content-Security-Policy under which the page's own style and script run, and nothing is fetched."""
-    style, script = (
-        " ".join(f"'sha256-{_digest(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL))
-        for tag in ("style", "script")
-    )
-    return f"default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'; form-action 'none'"
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
