@@ -3,14 +3,15 @@
 from typing import Any
 
 from ..reports.markdown import escape_markdown
+from ..reports.student import quantile, reach
 from ..reports.tables import as_markdown, as_text
 
 # Heading, key of a variant, factor and digits; a difference is looked up under "difference".
 _COLUMNS = (
     ("accuracy, %", "accuracy", 100, 2),
-    ("difference, points", "difference accuracy", 100, 2),
+    ("difference, points [95 %]", "difference accuracy", 100, 2),
     ("loss", "loss", 1, 4),
-    ("difference of loss", "difference loss", 1, 4),
+    ("difference of loss [95 %]", "difference loss", 1, 4),
     ("rounds", "rounds", 1, 0),
     ("MB up", "megabytes_up", 1, 2),
     ("MB down", "megabytes_down", 1, 2),
@@ -30,15 +31,23 @@ def grid(summary: dict[str, Any]) -> list[list[str]]:
 
 
 def _cell(variant: dict[str, Any], key: str, factor: int, digits: int) -> str:
-    """`mean ± spread`, the spread left out where there is none."""
+    """`mean ± spread`, the spread left out where there is none, and of a difference the interval of its mean."""
     is_difference = key.startswith("difference ")
     if is_difference and variant["reference"] is None:
         return "reference"
     value = variant["difference"][key.split()[1]] if is_difference else variant[key]
     if value is None:
         return "-"
-    mean = f"{factor * value['mean']:{'+' if is_difference else ''}.{digits}f}"
-    return f"{mean} (n=1)" if value["spread"] is None else f"{mean} ± {factor * value['spread']:.{digits}f}"
+    form = f"{'+' if is_difference else ''}.{digits}f"
+    mean = f"{factor * value['mean']:{form}}"
+    if value["spread"] is None:
+        return f"{mean} (n=1)"
+    text = f"{mean} ± {factor * value['spread']:.{digits}f}"
+    if not is_difference:
+        return text
+    off = reach(value["spread"], value["n"])
+    low, high = (factor * (value["mean"] + each) for each in (-off, off))
+    return f"{text} [{low:{form}}, {high:{form}}]"
 
 
 def captions(summary: dict[str, Any]) -> list[str]:
@@ -56,9 +65,23 @@ def captions(summary: dict[str, Any]) -> list[str]:
             f"Differences are to {' and '.join(references)}, taken within a seed (same rows and clients), then "
             "averaged; their spread is that of the differences."
         )
+        lines += _intervals_told(summary)
     if summary["majority_rate"] is not None:
         lines.append(f"Always giving a task's most common answer would reach {100 * summary['majority_rate']:.2f} %.")
     return [*lines, *summary["notes"]]
+
+
+def _intervals_told(summary: dict[str, Any]) -> list[str]:
+    """What the intervals of differences are, if there are any."""
+    values = [value for variant in summary["variants"] for value in variant["difference"].values() if value]
+    seeds = sorted({value["n"] for value in values if value["spread"] is not None})
+    if not seeds:
+        return []
+    times = ", ".join(f"{quantile(n - 1):.3g} for {n} seeds" for n in seeds)
+    return [
+        "In brackets: the 95 % confidence interval of a mean difference by Student's t (spread / root of the number "
+        f"of seeds, times {times}); it takes differences of seeds for normal, and one that holds 0 may be chance."
+    ]
 
 
 def budget_told(budget: dict[str, Any]) -> str:

@@ -95,14 +95,22 @@ def test_spread_is_the_samples():
 def test_the_table_shows_them(summary):
     header, first, second = grid(summary)
     cells = dict(zip(header, second, strict=True))
-    assert dict(zip(header, first, strict=True))["difference, points"] == "reference"
-    assert cells["accuracy, %"] == "54.00 ± 12.73" and cells["difference, points"] == "-1.00 ± 5.66"
-    assert cells["difference of loss"] == "+0.0000 ± 0.1414" and cells["MB up"] == "4.00 ± 0.00"
+    assert dict(zip(header, first, strict=True))["difference, points [95 %]"] == "reference"
+    assert cells["accuracy, %"] == "54.00 ± 12.73" and cells["MB down"] == "8.00 ± 0.00"
+    # 95 % of two values: 12.7062 of their spread by the root of two, so 0.508 and 1.271.
+    assert cells["difference, points [95 %]"] == "-1.00 ± 5.66 [-51.82, +49.82]"
+    assert cells["difference of loss [95 %]"] == "+0.0000 ± 0.1414 [-1.2706, +1.2706]"
+    assert cells["MB up"] == "4.00 ± 0.00"
     assert cells["seeds"] == "2"
     text = to_text(summary)
     assert "Always giving a task's most common answer would reach 40.00 %." in text
     assert "Seeds were scored on rows of their own" in text
-    assert to_markdown(summary).splitlines()[3].startswith("| hetlora | 54.00 ± 12.73 | -1.00 ± 5.66 |")
+    assert "by Student's t (spread / root of the number of seeds, times 12.7 for 2 seeds)" in text
+    assert (
+        to_markdown(summary)
+        .splitlines()[3]
+        .startswith("| hetlora | 54.00 ± 12.73 | -1.00 ± 5.66 \\[-51.82, +49.82\\] |")
+    )
 
 
 def test_one_seed_is_said_to_be_one(results):
@@ -110,6 +118,7 @@ def test_one_seed_is_said_to_be_one(results):
     one = [result for result in found if result.run.seed == 1]
     summary = summarise("t", {"rounds": 4}, (1,), variants, one, [split(one)])
     assert grid(summary)[2][1:3] == ["45.00 (n=1)", "-5.00 (n=1)"]
+    assert "Student" not in to_text(summary)
     assert "One seed (1): there is no spread, and no difference here can be told from chance." in to_text(summary)
 
 
