@@ -178,3 +178,9 @@ def held_values(settings: Any) -> dict[str, Any]:
             if decision is not UNKNOWN or value != default_of(each):
                 found[each.name] = value
     return found
+
+
+def held_by_default(settings: Any) -> dict[str, Any]:
+    """The defaults of all settings that `held_values` may hold."""
+    held = (each for each in fields(settings) if each.init and is_held(decision_of(each)))
+    return {each.name: default_of(each) for each in held}

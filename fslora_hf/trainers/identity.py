@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..config.decides import held_values
+from ..config.decides import held_by_default, held_values
 from ..config.federation import FederatedSketchConfig
 from ..data.clients import client_ranks
 from ..data.rows import digest_rows
@@ -18,6 +19,8 @@ from ..models.adapter import lora_layers
 from ..models.description import quantization_of
 
 _DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
+# Settings that are held as what they come to. Runs of earlier versions that lack one are held as None.
+_RESOLVED = {"server_learning_rate", "error_feedback", "client_ranks", "clients_per_round"}
 
 
 def ranks_of_clients(args: FederatedSketchConfig, clients: int, global_rank: int) -> np.ndarray:
@@ -53,6 +56,16 @@ def identity(
     if method_class(args.method).folds:
         values["base dtype"] = str(base.dtype)  # what is learned is kept in it
     return json.loads(json.dumps(values, default=str))
+
+
+def completed(identity: Mapping[str, Any], args: FederatedSketchConfig) -> dict[str, Any]:
+    """An identity with the defaults of the settings that it lacks, in the same form.
+
+    A version that did not have a setting worked as its default does. And a setting that nothing is known of is not
+    written at all while it is left at its default.
+    """
+    defaults = {name: value for name, value in held_by_default(args).items() if name not in _RESOLVED}
+    return json.loads(json.dumps(defaults, default=str)) | dict(identity)
 
 
 def _describe_model(model: PreTrainedModel) -> str:

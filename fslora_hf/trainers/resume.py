@@ -22,6 +22,7 @@ from ..storage.json_file import DamagedFile, read_object
 from ..storage.ledger import LEDGER_NAME, Kept, keep_rounds
 from ..storage.result_files import IN_LOOP
 from .examine import ThisRun, check_place, examine, read_arguments
+from .identity import completed
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def _find_start(run: ThisRun, resume: str | bool | None, output_dir: Path) -> st
     if folder is None:
         return _start_over(run, output_dir)
     state = read_state(folder)
-    _refuse_other_run(folder, state["run"], run.identity)
+    _refuse_other_run(folder, state["run"], run)
     elsewhere = folder.resolve().parent != output_dir.resolve()
     if elsewhere and fetched is None:
         refuse_occupied(output_dir)
@@ -142,7 +143,7 @@ def _start_over(run: ThisRun, output_dir: Path) -> None:
             f"Expected the settings of the run that was begun here in {path}, found damage ({error}): start without "
             "resume_from_checkpoint in another output_dir, or remove this one."
         ) from error
-    _refuse_other_run(output_dir, saved, run.identity)
+    _refuse_other_run(output_dir, saved, run)
     check_place(output_dir, run.keeps_feedback)
     logger.warning("No finished checkpoint in %s; the run begins again at its first round.", output_dir)
     keep_rounds(output_dir / LEDGER_NAME, 0)
@@ -168,8 +169,8 @@ def refuse_occupied(
         )
 
 
-def _refuse_other_run(where: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    differences = describe_difference(saved, current)
+def _refuse_other_run(where: Path, saved: dict[str, Any], run: ThisRun) -> None:
+    differences = describe_difference(completed(saved, run.args), completed(run.identity, run.args))
     if differences:
         raise CheckpointError(
             f"Expected a checkpoint of this run, found another's in {where}: {'; '.join(differences)}. Use the "

@@ -1,6 +1,8 @@
 """Law 12: a setting that decides a result says so in its field, and a run is not resumed under another value."""
 
+import json
 from dataclasses import dataclass, field, fields, replace
+from types import SimpleNamespace
 
 import pytest
 from transformers import HfArgumentParser
@@ -14,6 +16,7 @@ from fslora_hf.config.fields import FederationFields
 from fslora_hf.config.refusals import REFUSED
 from fslora_hf.storage.checkpoint import CheckpointError, describe_difference
 from fslora_hf.trainers.identity import identity
+from fslora_hf.trainers.resume import _refuse_other_run
 from tests.support import tiny
 from tests.support.worker_train import QUIET, SMALL
 
@@ -174,6 +177,44 @@ def test_a_setting_of_tomorrow_is_held_once_it_is_used(trainer, tmp_path):
         **plain,
         "added": 1.0,
     }
+
+
+def difference_of(saved, current, args) -> str:
+    """What a resume is told of two identities, nothing if it goes on."""
+    try:
+        _refuse_other_run("here", saved, SimpleNamespace(identity=current, args=args))
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_law_12_a_run_of_a_version_without_a_setting_goes_on_under_its_default_alone(trainer):
+    """As a checkpoint of an earlier version, whose identity has no such entry."""
+    default = FederatedSketchConfig.__dataclass_fields__["weight_decay"].default
+    plain = identity_with(trainer, "weight_decay", default)
+    earlier = {name: value for name, value in plain.items() if name != "weight_decay"}
+    assert not difference_of(earlier, plain, trainer.args)
+    changed = identity_with(trainer, "weight_decay", 0.5)
+    assert "weight_decay was 0.0 and is 0.5" in difference_of(earlier, changed, trainer.args)
+
+
+def test_law_12_a_version_before_error_feedback(trainer):
+    """It has no entry of it, and none of the ranks' list, which are then held as None."""
+    plain = identity_with(trainer, "num_rounds", 2)
+    earlier = {name: value for name, value in plain.items() if name not in ("error_feedback", "client_ranks")}
+    assert not difference_of(earlier, plain, trainer.args)
+    assert "error_feedback was None and is True" in difference_of(
+        earlier, identity_with(trainer, "error_feedback", True), trainer.args
+    )
+
+
+def test_law_12_a_setting_that_nothing_is_known_of(trainer, tmp_path):
+    args = OfTomorrow(output_dir=str(tmp_path), use_cpu=True)
+    plain, used = decides.held_values(args), decides.held_values(replace(args, added=1.0))
+    plain, used = json.loads(json.dumps(plain)), json.loads(json.dumps(used))
+    assert not difference_of(used, used, args) and not difference_of(plain, plain, args)
+    assert "added was 0.0 and is 1.0" in difference_of(plain, used, args)
+    assert "added was 1.0 and is 0.0" in difference_of(used, plain, args)
 
 
 @pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
