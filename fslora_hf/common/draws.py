@@ -48,3 +48,12 @@ def _digest(n: int, path: tuple[int | str, ...]) -> bytes:
     """`n` random 64-bit words. Integers of any width (also numpy's) name the same path."""
     key = "/".join(part if isinstance(part, str) else str(int(part)) for part in path)
     return hashlib.shake_256(key.encode()).digest(8 * n)
+
+
+def normals(n: int, *path: int | str) -> np.ndarray:
+    """`n` standard normal draws by Box and Muller, a pure function of `path` (float64 array `[n]`).
+
+    Draw i uses the uniforms 2i and 2i + 1 of the path, so that a longer array begins with the shorter one.
+    """
+    radius, angle = uniforms(2 * n, *path).reshape(n, 2).T
+    return np.sqrt(-2.0 * np.log1p(-radius)) * np.cos(2.0 * np.pi * angle)

@@ -168,3 +168,8 @@ def _expectations(kinds: Iterable[Any]) -> Iterator[str]:
             yield "false"
         elif kind is not types.NoneType:
             yield _KINDS.get(kind, "a text")
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is an integer, Python's or numpy's; a truth value is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

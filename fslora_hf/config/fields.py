@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ..data.clients import RANK_LAWS
 from ..methods import METHODS as METHOD_CLASSES
+from ..rounds.ranks import RANK_LAWS
 from ..storage.result_files import PROTOCOLS
 from .decides import told_by_fields
 

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from ..common.draws import uniforms
-from .clients import ClientIndex, as_client_ids, is_whole, normals, read_column
+from ..common.draws import normals, uniforms
+from ..common.settings import is_whole
+from .clients import ClientIndex, as_client_ids, read_column
 
 SCHEME_OPTIONS = {
     "iid": set(),

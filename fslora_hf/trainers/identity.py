@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from ..config.decides import held_by_default, held_values
 from ..config.federation import FederatedSketchConfig
-from ..data.clients import client_ranks
 from ..data.rows import digest_rows
 from ..methods import method_class
 from ..models.adapter import lora_layers
 from ..models.description import quantization_of
+from ..rounds.ranks import client_ranks
 
 _DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
 # Settings that are held as what they come to. Runs of earlier versions that lack one are held as None.

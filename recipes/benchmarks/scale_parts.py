@@ -19,8 +19,9 @@ from server import LAYERS, SHAPES
 from step_rows import QUIET, make_tokenizer
 
 from fslora_hf.common.host_memory import forget_peak, held_bytes, peak_bytes
-from fslora_hf.data.clients import ClientIndex, client_ranks
+from fslora_hf.data.clients import ClientIndex
 from fslora_hf.rounds.plan import RoundPlan, plan_round
+from fslora_hf.rounds.ranks import client_ranks
 
 # Layers of which a cohort's adapters are handed over: server.py's, or a few numbers to try the script with.
 ADAPTED = {"llama3.2-3b": SHAPES, "small": {"q_proj": (16, 16), "k_proj": (16, 8), "down_proj": (24, 16)}}

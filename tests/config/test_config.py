@@ -15,8 +15,8 @@ from fslora_hf.common.settings import SettingsError
 from fslora_hf.config.federation import FederatedSketchConfig
 from fslora_hf.config.fields import METHODS, RANK_DISTRIBUTIONS, SERVER_OPTIMIZERS
 from fslora_hf.config.refusals import LOCAL_OPTIMIZERS, REFUSED
-from fslora_hf.data.clients import RANK_LAWS
 from fslora_hf.methods import METHODS as METHOD_CLASSES
+from fslora_hf.rounds.ranks import RANK_LAWS
 from fslora_hf.rounds.server import ServerState
 
 ROUND_ENDS = "checkpoints are written at round ends, so remove it and set save_rounds"
