@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.settings import SettingsError, field_problems, is_a, sentence
+from ..config.decides import told_by_fields
 from ..config.federation import FederatedSketchConfig
 from ..config.ranges import range_problems
 from ..config.recipe import ModelArguments, RecipeArguments, parse_recipe, read_file, read_flags, read_mapping
@@ -28,6 +29,7 @@ _RESERVED = {
 }
 
 
+@told_by_fields
 @dataclass
 class ComparisonArguments:
     """What is compared with what, for how long, and where it goes.
@@ -37,53 +39,84 @@ class ComparisonArguments:
     """
 
     recipe: str | None = field(
-        default=None, metadata={"help": "Recipe that all runs start from, as seen from this file or from here."}
+        default=None,
+        metadata={
+            "decides": "result",
+            "help": "Recipe that all runs start from, as seen from this file or from here.",
+        },
     )
-    title: str | None = field(default=None, metadata={"help": "Heading of the report. None: the file's name."})
+    title: str | None = field(
+        default=None, metadata={"decides": "place", "help": "Heading of the report. None: the file's name."}
+    )
     settings: dict | None = field(
-        default=None, metadata={"help": f"Settings of all runs, over those of the recipe. {_IN_THE_FILE}"}
+        default=None,
+        metadata={"decides": "result", "help": f"Settings of all runs, over those of the recipe. {_IN_THE_FILE}"},
     )
     methods: list[str] | None = field(
         default=None,
-        metadata={"help": "Methods to compare; the others are compared with the first. None: the recipe's."},
+        metadata={
+            "decides": "result",
+            "help": "Methods to compare; the others are compared with the first. None: the recipe's.",
+        },
     )
-    seeds: list[int] | None = field(default=None, metadata={"help": "Seeds of each. None: the recipe's."})
+    seeds: list[int] | None = field(
+        default=None, metadata={"decides": "result", "help": "Seeds of each. None: the recipe's."}
+    )
     rank_laws: dict | None = field(
         default=None,
         metadata={
+            "decides": "result",
             "help": "Name -> settings of the clients' ranks (client_ranks, or rank_distribution with min_rank and "
-            f"max_rank), in place of the recipe's; every method runs under each. {_IN_THE_FILE}"
+            f"max_rank), in place of the recipe's; every method runs under each. {_IN_THE_FILE}",
         },
     )
     cases: dict | None = field(
         default=None,
-        metadata={"help": f"Name -> settings, for ablations; crossed with methods and rank laws. {_IN_THE_FILE}"},
+        metadata={
+            "decides": "result",
+            "help": f"Name -> settings, for ablations; crossed with methods and rank laws. {_IN_THE_FILE}",
+        },
     )
     method_settings: dict | None = field(
         default=None,
         metadata={
+            "decides": "result",
             "help": "Method -> settings that only it has, over all others. A method that needs the global rank for "
             "all clients is told its ranks here: client_ranks, rank_distribution, min_rank and max_rank of its "
-            f"own, or, with null, everyone the global rank. {_IN_THE_FILE}"
+            f"own, or, with null, everyone the global rank. {_IN_THE_FILE}",
         },
     )
-    rounds: int | None = field(default=None, metadata={"help": "Budget: rounds of each run. Or upload_megabytes."})
+    rounds: int | None = field(
+        default=None, metadata={"decides": "result", "help": "Budget: rounds of each run. Or upload_megabytes."}
+    )
     upload_megabytes: float | None = field(
         default=None,
         metadata={
+            "decides": "result",
             "help": "Budget: each run ends after the round in which its clients have sent so many megabytes (10**6 "
-            "bytes), at the latest after num_rounds. Or rounds."
+            "bytes), at the latest after num_rounds. Or rounds.",
         },
     )
     eval_every: int | None = field(
         default=None,
-        metadata={"help": "Evaluate after every so many rounds and the last. None: the recipe's eval_rounds, or 10."},
+        metadata={
+            "decides": "server",
+            "help": "Evaluate after every so many rounds and the last. None: the recipe's eval_rounds, or 10.",
+        },
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the runs, their logs, and the report. None: outputs/<file's name>."}
+        default=None,
+        metadata={
+            "decides": "place",
+            "help": "Folder of the runs, their logs, and the report. None: outputs/<file's name>.",
+        },
     )
     accelerate_config: str | None = field(
-        default=None, metadata={"help": "Start runs with accelerate and this file of its. None: one plain process."}
+        default=None,
+        metadata={
+            "decides": "speed",
+            "help": "Start runs with accelerate and this file of its. None: one plain process.",
+        },
     )
 
     def __post_init__(self):

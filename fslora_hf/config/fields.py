@@ -18,6 +18,8 @@ SERVER_OPTIMIZERS = ("sgd", "sgd_momentum", "adam", "adamw")
 class FederationFields:
     """A mixin before a configuration of transformers or TRL."""
 
+    # Its entry is None, as upload_budget's: a run may be made longer or shorter, which changes no round of it but for
+    # a schedule that ends with the run, of which a resume warns.
     num_rounds: int = field(
         default=100, metadata={"decides": "result", "entry": None, "help": "Number of rounds of the run."}
     )

@@ -39,23 +39,42 @@ class FederationArguments:
         SettingsError: a ValueError with one line for each setting that cannot work.
     """
 
-    recipe: str = field(default="", metadata={"help": "A recipe's YAML file, on the server."})
-    overrides: str = field(default="", metadata={"help": "Settings over the recipe's: --num_rounds 5 ..."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
-    clients: int | None = field(
-        default=None, metadata={"help": "Clients to wait for before the first round. None: the recipe's num_clients."}
+    recipe: str = field(default="", metadata={"decides": "result", "help": "A recipe's YAML file, on the server."})
+    overrides: str = field(
+        default="", metadata={"decides": "result", "help": "Settings over the recipe's: --num_rounds 5 ..."}
     )
-    min_clients: int = field(default=1, metadata={"help": "Clients to begin with, and updates of a round, at least."})
-    join_deadline_s: float = field(default=600.0, metadata={"help": "Seconds that nodes have to join."})
-    round_deadline_s: float = field(default=3600.0, metadata={"help": "Seconds that a round's clients have."})
+    resume: bool = field(
+        default=False, metadata={"decides": "place", "help": "Go on from the last checkpoint in output_dir."}
+    )
+    clients: int | None = field(
+        default=None,
+        metadata={
+            "decides": "result",
+            "help": "Clients to wait for before the first round. None: the recipe's num_clients.",
+        },
+    )
+    min_clients: int = field(
+        default=1, metadata={"decides": "result", "help": "Clients to begin with, and updates of a round, at least."}
+    )
+    join_deadline_s: float = field(
+        default=600.0, metadata={"decides": "server", "help": "Seconds that nodes have to join."}
+    )
+    round_deadline_s: float = field(
+        default=3600.0, metadata={"decides": "server", "help": "Seconds that a round's clients have."}
+    )
     max_update_norm: float = field(
-        default=1e6, metadata={"help": "Refuse updates of a larger Frobenius norm, whose products could overflow."}
+        default=1e6,
+        metadata={
+            "decides": "result",
+            "help": "Refuse updates of a larger Frobenius norm, whose products could overflow.",
+        },
     )
     max_norm_ratio: float = field(
         default=10.0,
         metadata={
+            "decides": "result",
             "help": "Refuse updates whose norm is more than so many times the median norm of this round's and the "
-            "last rounds' updates. 0: no such bound."
+            "last rounds' updates. 0: no such bound.",
         },
     )
 

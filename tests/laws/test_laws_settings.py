@@ -9,11 +9,13 @@ from transformers import HfArgumentParser
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from fslora_hf.common.settings import SettingsError
+from fslora_hf.comparison.arguments import ComparisonArguments
 from fslora_hf.config import decides
 from fslora_hf.config.arguments import ModelArguments, RecipeArguments
 from fslora_hf.config.federation import FederatedSketchConfig
 from fslora_hf.config.fields import FederationFields
 from fslora_hf.config.refusals import REFUSED
+from fslora_hf.federation.server import FederationArguments
 from fslora_hf.storage.checkpoint import CheckpointError, describe_difference
 from fslora_hf.trainers.identity import identity
 from fslora_hf.trainers.resume import _refuse_other_run
@@ -87,7 +89,7 @@ def test_every_setting_says_what_it_decides():
     undecided = [name for name, decision in DECISIONS.items() if decision is decides.UNKNOWN]
     assert not undecided, f"say in config/decides.py what {undecided} decide"
     assert not decides.INHERITED.keys() - DECISIONS.keys(), "settings that are gone"
-    for kind in (FederationFields, RecipeArguments):
+    for kind in (FederationFields, RecipeArguments, FederationArguments, ComparisonArguments):
         assert all(each.metadata.get("decides") in decides.KINDS for each in fields(kind)), kind
     inherited = {each.name for kind in (SFTConfig, ModelConfig) for each in fields(kind)}
     assert decides.INHERITED.keys() <= inherited, "a field of ours says it itself"
