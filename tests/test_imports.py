@@ -128,3 +128,14 @@ def test_what_pushes_or_ranks_starts_without_torch():
     code = f"import sys, {', '.join(scripts)}; print(sorted({slow} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_stores_shows_and_pushes_needs_no_torch():
+    """But for what reads tensors, and what takes a snapshot within training."""
+    needing = {"fslora_hf.storage.tensor_file", "fslora_hf.hub.publisher"}
+    named = {f"fslora_hf.{module}" for module in modules() if room(module) in ("storage", "reports", "hub")}
+    assert needing < named
+    wanted = sorted(name for name in named - needing if not name.endswith("__init__"))
+    code = f"import sys, {', '.join(wanted)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -5,7 +5,6 @@ line a question.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,7 +17,6 @@ from datasets import Dataset
 from ..common.foreign_text import foreign_text, foreign_value
 from ..data.prompts import prompt_hash
 from ..models.description import ModelSource
-from ..storage.checkpoint import unused_name
 from ..storage.files import make_folder, write_text
 from ..storage.result_files import FORMAT, OUTCOMES, RESULTS
 from .outcomes import Scores, rows_hash
@@ -105,16 +103,6 @@ def write_results(folder: str | Path, name: str, results: Mapping[str, Any], sco
     path = folder / f"{name}{RESULTS}"
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
-
-
-def set_aside_later(folder: str | Path, round: int) -> None:
-    """Rename result files of more than `round` rounds: no leaderboard shall take an abandoned branch for the run."""
-    for path in sorted(Path(folder).glob(f"round-*{RESULTS}")):
-        number = path.name.removeprefix("round-").split(".")[0]
-        if number.isdigit() and int(number) > round:
-            for old in (path, path.with_name(path.name.removesuffix(RESULTS) + OUTCOMES)):
-                if old.exists():
-                    os.replace(old, unused_name(old.with_name(f"{old.name}.superseded")))
 
 
 def find_results(folder: str | Path, name: str, wanted: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import secrets
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..common.foreign_text import LONGEST_NAME, LONGEST_REASON, foreign_names, foreign_text, foreign_value
+from ..storage.files import make_folder, write_text
 from .exchange import Exchange, answers
 from .packet import Packet, reason_in
 from .standing import Standing
@@ -197,10 +197,8 @@ class Roster:
     def save(self, folder: Path) -> None:
         """Write who the run's clients are; a run that is resumed has the same."""
         rows = [{"client_id": m.client_id, "examples": m.examples, "rank": m.rank} for m in self.ordered()]
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{ROSTER_NAME}.partial"
-        partial.write_text(json.dumps({"run": self.run, "clients": rows}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder / ROSTER_NAME)
+        text = json.dumps({"run": self.run, "clients": rows}, indent=1) + "\n"
+        write_text(make_folder(folder) / ROSTER_NAME, text)
 
     def restore(self, folder: Path) -> bool:
         """Read what `save` wrote, as clients whose nodes are still to come; returns whether there was anything."""

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.results import set_aside_later
 from ..hub.fetch import fetch_round, parse_source, take_in
 from ..hub.outbox import OUTBOX_NAME
 from ..storage.checkpoint import (
@@ -20,7 +19,7 @@ from ..storage.checkpoint import (
 from ..storage.files import make_folder, write_text
 from ..storage.json_file import DamagedFile, read_object
 from ..storage.ledger import LEDGER_NAME, Kept, keep_rounds
-from ..storage.result_files import IN_LOOP
+from ..storage.result_files import IN_LOOP, set_aside_later
 from .examine import ThisRun, check_place, examine, read_arguments
 from .identity import completed
 

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fslora_hf.data import load_commonsense
 from fslora_hf.evaluation import Outcome, score_rows
 from fslora_hf.evaluation.outcomes import own_answers, read_answer
+from fslora_hf.storage.files import write_text
 
 NEAR = 1e-4  # nats
 WHOLE = ("openbookqa", "ARC-Challenge")  # scored on all their rows
@@ -197,7 +198,7 @@ def report(results: dict[str, dict], default: dict, args: argparse.Namespace) ->
         "tasks": results,
     }
     output = Path(args.output)
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(output, json.dumps(content, indent=1) + "\n")
     print(f"Written to {output}")
 
 

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fslora_hf.storage.files import make_folder, write_text
+
 
 def processor() -> str:
     try:
@@ -41,7 +43,7 @@ def write_result(
     versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
     result = {"settings": settings, "results": results, **more, "versions": versions}
     output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    make_folder(output.parent)
+    write_text(output, json.dumps(result, indent=1) + "\n")
     print(f"Written: {output}")
     return result
