@@ -9,11 +9,13 @@ import psutil
 import pytest
 
 from tests.support import federated
+from tests.support.warm_apps import warm_machine
 from tests.support.worker_train import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRETS = {"HF_TOKEN": "hf_of_the_node", "AWS_SECRET_ACCESS_KEY": "of the node", "FLWR_LICENSE_KEY": "of the node"}
 
+pytest_plugins = ("tests.support.forked",)
 pytestmark = pytest.mark.federation
 
 
@@ -32,14 +34,14 @@ def environments(node: subprocess.Popen) -> dict[str, dict[str, str]]:
     return {" ".join(child.cmdline()): child.environ() for child in children}
 
 
-def test_a_node_runs_no_app_that_was_uploaded(tmp_path):
+def test_a_node_runs_no_app_that_was_uploaded(server, tmp_path):
     """One that was changed does nothing on a node, whose own goes on answering; nor do its parts know a secret."""
     marker, recipes = tmp_path / "marker", []
     settings = {"num_clients": 2, "client_ranks": [2, 4], "clients_per_round": None, "num_rounds": 2}
     for name in ("changed", "honest"):
         source = federated.write_model_and_rows(tmp_path / name)
         recipes.append(federated.write_recipe(source, source, **settings))
-    with local.machine(tmp_path / "machine") as machine:
+    with warm_machine(server, tmp_path / "machine") as machine:
         machine.environment |= {"PYTHONPATH": str(ROOT)}
         machine.start_superlink()
         plain, machine.environment = machine.environment, machine.environment | SECRETS

@@ -20,10 +20,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support import federated
+from tests.support.warm_apps import warm_machine
 from tests.support.worker_train import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytest_plugins = ("tests.support.forked",)
 pytestmark = pytest.mark.federation
 
 
@@ -101,9 +103,9 @@ def test_bytes_at_the_socket_are_the_ledgers(tmp_path):
             proxy.close()
 
 
-def test_a_run_that_cannot_be_says_why_and_that_it_failed(tmp_path):
+def test_a_run_that_cannot_be_says_why_and_that_it_failed(server, tmp_path):
     recipe = federated.write_recipe(federated.write_model_and_rows(tmp_path), tmp_path)
-    with local.machine(tmp_path / "machine") as machine:
+    with warm_machine(server, tmp_path / "machine") as machine:
         machine.environment["PYTHONPATH"] = str(ROOT)
         machine.start_superlink()
         output = run_to_its_end(machine, recipe, overrides=["--num_rounds", "0"])
@@ -126,7 +128,7 @@ def run_in(folder: Path, commands: str) -> None:
     subprocess.run(["bash", "-euc", commands], cwd=folder, check=True, capture_output=True)
 
 
-def test_unknown_nodes_and_wrong_certificates_are_turned_away(tmp_path):
+def test_unknown_nodes_and_wrong_certificates_are_turned_away(server, tmp_path):
     """With the commands of docs/federation.md."""
     for folder in (tmp_path, tmp_path / "other"):
         run_in(folder, page_commands("openssl"))
@@ -143,7 +145,7 @@ def test_unknown_nodes_and_wrong_certificates_are_turned_away(tmp_path):
         clients_per_round=None,
         num_rounds=1,
     )
-    with local.machine(tmp_path / "machine") as machine:
+    with warm_machine(server, tmp_path / "machine") as machine:
         machine.environment["PYTHONPATH"] = str(ROOT)
         machine.trust(tmp_path / "ca.crt")
         machine.start_superlink(*superlink)

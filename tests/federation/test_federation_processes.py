@@ -16,16 +16,19 @@ import pytest
 
 from fslora_hf.updates.bounds import RefusedUpdate
 from tests.support import federated, reference
+from tests.support.warm_apps import warm_machine
 from tests.support.worker_train import check_same_ledger, ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytest_plugins = ("tests.support.forked",)
 pytestmark = pytest.mark.federation
 NODE = ROOT / "tests/support/faulty_node.py"
 
 
 class Federation:
-    """A Machine with four nodes, whose faults a test chooses."""
+    """A machine with four nodes, whose faults a test chooses. They and the ServerApps are forked with all imports
+    done; tests/federation/test_federation_network.py has them as a user starts them."""
 
     def __init__(self, machine, folder: Path):
         self.machine, self.folder = machine, folder
@@ -58,9 +61,9 @@ class Federation:
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory):
+def federation(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("federation")
-    with local.machine(folder / "machine") as machine:
+    with warm_machine(server, folder / "machine") as machine:
         made = Federation(machine, folder)
         machine.environment |= {"PYTHONPATH": str(ROOT), "FSLORA_TEST_FAULTS": str(made.faults)}
         machine.start_superlink()

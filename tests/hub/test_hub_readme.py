@@ -1,14 +1,14 @@
 """The README's commands that talk to the Hub, as they stand there, with the test Hub in place of the real one."""
 
+import os
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests.evaluation.test_loglikelihood import fitted, tokenizer
 from tests.support import tiny
+from tests.support.forked import be
 from tests.support.hub_calls import WRITES
 from tests.test_readme import ROOT, blocks
 
@@ -18,7 +18,7 @@ SHORTER = "--local_steps 1 --train_rows_per_task 24 --eval_rows_per_task 4 --max
 
 
 @pytest.fixture
-def run(hub, users, client_environment, tmp_path):
+def run(hub, users, fork_client, tmp_path):
     """`run(command)` runs a line of the README, with stand-ins for what it names, logged in as `user`."""
     base = tmp_path / "base"
     fitted(tiny.base_model(torch.float32)).save_pretrained(base)
@@ -31,15 +31,19 @@ def run(hub, users, client_environment, tmp_path):
         if words[:2] == ["accelerate", "launch"]:  # what it launches, without the second start of Python
             words = ["python", *words[2:], *SHORTER, "--num_rounds", str(rounds)]
         assert words[0] == "python"
-        environment = client_environment | {"HF_TOKEN": WRITES}
-        done = subprocess.run(
-            [sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == code, done.stderr[-3000:]
-        assert WRITES not in done.stdout + done.stderr
-        return done.stdout + done.stderr
+        done = fork_client(log_in_and_be, WRITES, words[1:])
+        printed = done.wait()
+        assert done.returncode == code, printed[-3000:]
+        assert WRITES not in printed
+        return printed
 
     return call
+
+
+def log_in_and_be(token: str, words: list[str]) -> None:
+    """What `python words...` is for who is logged in by this token."""
+    os.environ["HF_TOKEN"] = token
+    be(words, str(ROOT))
 
 
 def commands() -> list[str]:

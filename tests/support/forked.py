@@ -122,6 +122,42 @@ def run_script(run_python):
     return start_and_wait
 
 
+class Started:
+    """A forked process as `subprocess.Popen` would show it; like one started with `start_new_session`.
+
+    Args:
+        function: what it calls, with its arguments.
+        log: a file that its output is added to.
+    """
+
+    def __init__(self, server, log: Path, environment: dict[str, str], function, *arguments):
+        self._process = server.Process(target=in_a_session, args=(str(log), environment, function, arguments))
+        self._process.start()
+        self.pid, self.sentinel = self._process.pid, self._process.sentinel
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout)
+        return self._process.exitcode
+
+
+def in_a_session(log: str, environment: dict[str, str], function, arguments: tuple) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    function(*arguments)
+
+
 def wait_for(ranks: list, longest: float = LONGEST) -> list[int]:
     """Starts processes and waits for them; once one has failed, the others are ended. Returns their exit codes."""
     for process in ranks:
@@ -145,11 +181,16 @@ def run_file(words: list[str], cwd: str, folder: str, forks: bool, environment: 
         fork_trainings()
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(cwd)
     if threshold := environment.get("MALLOC_MMAP_THRESHOLD_"):  # which glibc looks for when a process starts
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, int(threshold))
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    be(words, cwd)
+
+
+def be(words: list[str], cwd: str) -> None:
+    """What `python words...` is in a folder."""
+    os.chdir(cwd)
     if words[0] == "-m":
         sys.argv, sys.path[0] = words[1:], cwd
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -4,10 +4,15 @@ The clients read their endpoint and how they upload when they are imported, and 
 the start. A test file says `pytest_plugins = ("tests.support.hub_client",)`.
 """
 
+import gc
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -119,7 +124,75 @@ def on_client(_clients, request, tmp_path) -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture
+def fork_client(_clients, request, on_client, tmp_path) -> Callable[..., "ForkOfClient"]:
+    """`fork_client(function, *args)` calls a function in a process forked from the client, to be killed or waited for;
+    the client's libraries are imported already, and its caches are the test's."""
+    client, forks = _clients.process(_mode(request)), []
+
+    def start(function: Callable, *args) -> ForkOfClient:
+        said = tmp_path / f"said-{len(forks)}"
+        forks.append(ForkOfClient(client, client.submit(_fork, str(said), function, args).result(60), said))
+        return forks[-1]
+
+    yield start
+    for fork in forks:
+        if fork.poll() is None:
+            os.kill(fork.pid, signal.SIGKILL)
+            fork.wait()
+
+
+class ForkOfClient:
+    """Much of subprocess.Popen for a process that the client waits for."""
+
+    def __init__(self, client: ProcessPoolExecutor, pid: int, said: Path):
+        self._client, self.pid, self._said, self.returncode = client, pid, said, None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._client.submit(_ended, self.pid).result(60)
+        return self.returncode
+
+    def wait(self, timeout: float = 240) -> str:
+        """Returns what it said."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < end, self._said.read_text()[-3000:]
+            time.sleep(0.05)
+        return self._said.read_text()
+
+
+def _fork(said: str, function: Callable, args: tuple) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        for number in (1, 2):
+            os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        function(*args)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def _ended(pid: int) -> int | None:
+    """A child's exit code, once it has ended."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
 def _use_caches(folder: Path) -> None:
+    gc.collect()
+    gc.freeze()  # each run of a trainer collects garbage
     import datasets
     from huggingface_hub import constants
 
