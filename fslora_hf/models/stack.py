@@ -232,7 +232,8 @@ def _forget_graphs(stacked: nn.Parameter) -> None:
     say); the next forward pass makes a new one (torch 2.13.0).
     """
     stacked.grad = None
-    stacked.data = stacked.data.new_empty(0, dtype=torch.float16)
+    another = torch.float32 if stacked.dtype == torch.float16 else torch.float16
+    stacked.data = stacked.data.new_empty(0, dtype=another)
 
 
 def _leave_clients_out(layer: LoraLayer, state_dict: dict, prefix: str, metadata: dict) -> None:

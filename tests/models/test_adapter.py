@@ -179,6 +179,21 @@ def test_what_is_kept_over_a_hand_over_breaks_no_backward(stacked, kept):
     assert all(torch.equal(p.grad, grad) for p, grad in zip(stack.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_loss_kept_breaks_no_backward_in_any_type(dtype):
+    """Of rank 1, whose graph would take a wider block's gradients for its own, summed."""
+    model = make_model().to(dtype)
+    stack, ids = ClientStack(model, 3, 4), make_ids(3)
+    stack.attach()
+    kept = []
+    for adapter in make_adapters(model)[:2]:
+        stack.load([adapter])
+        with stack.at_work(ids[:2].numel()):
+            kept.append(loss_of(model(input_ids=ids[:2]).logits))
+        kept[-1].backward()
+        assert all(p.grad.shape == p.shape and p.dtype == dtype for p in stack.parameters())
+
+
 @pytest.mark.parametrize("max_norm", [0.0, 0.3, 1e6])
 def test_each_client_is_clipped_as_if_alone(stacked, max_norm):
     """Client 1's gradients are a thousand times the others', which a joint norm would crush."""
