@@ -1,6 +1,5 @@
 """The local work of one client on the simulator's trainer and engine: rounds of which it is all there is."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,7 @@ from trl import SFTTrainer
 
 from ..common import host_memory
 from ..common.processes import gather
-from ..methods import ClientAdapter, ClientUpdate, method_class
+from ..methods import ClientAdapter, method_class
 from ..rounds.round import RoundEngine
 from ..trainers.callbacks import RoundCallback
 from ..trainers.sft import FederatedSketchTrainer
@@ -31,7 +30,6 @@ class _LocalEngine(RoundEngine):
 
     received: ClientAdapter
     result: LocalResult
-    note: Callable[[ClientUpdate], ClientUpdate]
 
     def begin_round(self, round):
         self.round, plan = round, self.plan(round)
@@ -45,8 +43,7 @@ class _LocalEngine(RoundEngine):
         (client,) = self._block
         update = self._update(client, *self.stack.change(0), self.received)
         loss = (self._losses / self.layout.local_steps).item()
-        self.note(update)
-        update = self._compress(client, update)  # what is not finite counts as largest, and the server refuses it
+        update = self.updates.send(self.round, client, update)
         self.result = LocalResult(update.A, update.B, loss)
         self.abandon()
 
@@ -106,11 +103,11 @@ class NodeTrainer(FederatedSketchTrainer):
         kept = self.args.device.type == "cpu" and host_memory.keep_freed_memory()
         self._open_run()
         try:
-            self._engine.received, self._engine.note = received, self._movement.note
+            self._engine.received = received
             self.rounds_done = round
             SFTTrainer.train(self)  # ours would look for a run in output_dir; a node keeps none
             if self.args.upload_top_k is not None:  # of which the server sees a part
-                self._movement.settle(round, self.round_plan(round).learning_rate, gather)
+                self._movement.judge(round, self.round_plan(round).learning_rate, gather)
             return self._engine.result
         finally:
             self._close_run()

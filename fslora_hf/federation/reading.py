@@ -12,7 +12,7 @@ import torch
 from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_value
 from ..methods import ClientAdapter
 from ..rounds.plan import ClientPlan
-from ..updates.bounds import RefusedUpdate
+from ..updates.part import RefusedUpdate
 from .packet import Packet, reason_in
 from .sparse import unpack
 from .tensors import to_tensor

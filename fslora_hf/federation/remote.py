@@ -11,8 +11,8 @@ from ..common.foreign_text import LONGEST_REASON, foreign_names, foreign_text
 from ..methods import ClientAdapter, ClientUpdate
 from ..rounds.plan import ClientPlan
 from ..rounds.round import RoundEngine
-from ..updates.bounds import RefusedUpdate, at_most
 from ..updates.norm_bound import NormBound
+from ..updates.part import RefusedUpdate
 from .exchange import Exchange, answers
 from .folds import Folds
 from .packet import Packet
@@ -35,16 +35,12 @@ class RoundRules:
         max_update_norm: largest Frobenius norm of an update; None for no bound.
         max_norm_ratio: largest norm as a multiple of the median norm of this round's and the last rounds' updates; 0
             for no such bound.
-        local_steps: that a client takes in a round.
-        keeps_rest: whether clients send later what they leave out now (`error_feedback`).
     """
 
     deadline_seconds: float
     min_clients: int
     max_update_norm: float | None = None
     max_norm_ratio: float = 0.0
-    local_steps: int = 1
-    keeps_rest: bool = False
 
 
 class RemoteEngine(RoundEngine):
@@ -63,6 +59,8 @@ class RemoteEngine(RoundEngine):
         exchange: Exchange,
         roster: Roster,
         rules: RoundRules,
+        norm_bound: NormBound | None = None,
+        share: float | None = None,
         checkpoints: Callable[[], Collection[int]] | None = None,
         **parts: Any,
     ):
@@ -70,16 +68,9 @@ class RemoteEngine(RoundEngine):
         self.exchange, self.roster, self.rules = exchange, roster, rules
         self.folded: dict[int, int] = {}
         self._checkpoints = checkpoints
-        self._reader = Reader(self.method.trains, None if self._compressor is None else self._compressor.share)
+        self._reader, self._norm_bound = Reader(self.method.trains, share), norm_bound
         self._folds = None if self.server.base is None else Folds(self.server.base)
         self._bases: dict[int, int] = {}  # node -> how many rounds have been folded into its base
-        if rules.max_update_norm is not None:
-            self._transforms = (*self._transforms, at_most(rules.max_update_norm))
-        self.norm_bound: NormBound | None = None
-        if rules.max_norm_ratio:
-            self.norm_bound = NormBound(rules.max_norm_ratio, rules.local_steps, rules.keeps_rest)
-            self._transforms = (*self._transforms, self._hold_to_others)
-        self._bounds: dict[int, float] = {}  # of norms of this round's updates, by client
         self._notices: dict[int, str] = {}  # why the last update of a client was left out
         self._misses: dict[int, int] = {}  # deadlines that a client has missed in a row
         self._paused_until: dict[int, int] = {}  # the round from which on it is asked again
@@ -179,18 +170,9 @@ class RemoteEngine(RoundEngine):
         plan = self.plan(self.round)
         updates = {client.client_id: self._update(client, reply.A, reply.B, self._held[client.client_id])
                    for client in plan.clients if (reply := replies.get(client.client_id))}  # fmt: skip
-        if self.norm_bound is not None:
-            norms = {number: update.norm().item() for number, update in updates.items()}
-            numbers = {number: sum(t.numel() for side in (update.A, update.B) for t in side.values())
-                       for number, update in updates.items()}  # fmt: skip
-            self._bounds = self.norm_bound.bounds(plan.clients, norms, plan.learning_rate, numbers)
+        if self._norm_bound is not None:
+            self._norm_bound.measure(plan.clients, updates, plan.learning_rate)
         return {number: reply.loss for number, reply in replies.items()}, updates
-
-    def _hold_to_others(self, update: ClientUpdate) -> ClientUpdate:
-        """Refuse an update whose norm is too far above what norms are; the last transform."""
-        client = self.plan(self.round).clients[update.position]
-        of = f"{self.rules.max_norm_ratio:g} times the median of this and the last rounds (max-norm-ratio)"
-        return at_most(self._bounds[client.client_id], of)(update)
 
     def _take(self, client: ClientPlan, loss: float, update: ClientUpdate) -> None:
         """Fold an update, or note why not."""
@@ -200,17 +182,6 @@ class RemoteEngine(RoundEngine):
             self.folded[client.client_id] = self.round
         else:
             self._missing[client.client_id] = self._notices[client.client_id] = reason
-
-    def close_round(self) -> dict[str, Any]:
-        record = super().close_round()
-        if self.norm_bound is not None:
-            bounds = (self._bounds.get(client) for client in record["clients"])
-            record["norm_bounds"] = [bound if bound is not None and math.isfinite(bound) else None for bound in bounds]
-            self.norm_bound.note(record)
-        return record
-
-    def _compress(self, client, update):
-        return update  # as it came: the node has left out what is not sent
 
     def _step(self, change):
         super()._step(change)

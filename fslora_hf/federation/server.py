@@ -145,7 +145,7 @@ def _run(
     roster = _gather(federation, exchange, values, *settings)
     _fit_to(roster, *settings)
     rules = RoundRules(federation.round_deadline_s, federation.min_clients, federation.max_update_norm,
-                       federation.max_norm_ratio, args.local_steps, args.error_feedback)  # fmt: skip
+                       federation.max_norm_ratio)  # fmt: skip
     trainer = build_trainer(
         *settings,
         trainer_class=partial(FederationTrainer, exchange, roster, rules),

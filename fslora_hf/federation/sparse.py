@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..common.foreign_text import LONGEST_NAME, foreign_names, foreign_value
-from ..updates.bounds import RefusedUpdate
+from ..updates.part import RefusedUpdate
 from ..updates.top_k import kept_numbers, list_bytes, mask_bytes
 
 VALUES, PLACES, MASK = "values", "places", "mask"  # names of a sparse update's arrays

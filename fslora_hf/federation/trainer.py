@@ -11,8 +11,11 @@ import torch
 
 from ..rounds.layout import Layout
 from ..storage.ledger import last_records, read_records
+from ..trainers.checks import raise_together
 from ..trainers.sft import FederatedSketchTrainer
-from ..updates.norm_bound import PAST_ROUNDS
+from ..updates.bounds import MaxNorm
+from ..updates.norm_bound import PAST_ROUNDS, NormBound
+from ..updates.part import UpdatePart
 from .exchange import Exchange
 from .remote import RemoteEngine, RoundRules
 from .roster import FederationError, Roster
@@ -34,11 +37,17 @@ class FederationTrainer(FederatedSketchTrainer):
     def __init__(self, exchange: Exchange, roster: Roster, rules: RoundRules, **kwargs):
         self._roster = roster
         self._witnesses: set[int] = set()  # clients whose updates are looked at for layers that rest
-        self._engine_class = partial(RemoteEngine, exchange=exchange, roster=roster, rules=rules)
         args, held_out = kwargs["args"], kwargs.get("eval_dataset")
         if args.completion_only_loss is None and held_out is not None:
             # TRL looks at the training rows, which are placeholders here, for whether prompts are scored.
             args.completion_only_loss = {"prompt", "completion"} <= set(held_out.column_names)
+        self._norm_bound = None
+        if rules.max_norm_ratio:
+            self._norm_bound = NormBound(rules.max_norm_ratio, args.local_steps, args.error_feedback)
+        bounds = None if rules.max_update_norm is None else MaxNorm(rules.max_update_norm), self._norm_bound
+        self._bounds = [bound for bound in bounds if bound is not None]
+        self._engine_class = partial(RemoteEngine, exchange=exchange, roster=roster, rules=rules,
+                                     norm_bound=self._norm_bound, share=args.upload_top_k)  # fmt: skip
         super().__init__(**kwargs)
         if self.args.error_feedback:
             self._engine_class.keywords["checkpoints"] = self._checkpoints
@@ -47,6 +56,13 @@ class FederationTrainer(FederatedSketchTrainer):
         """Rounds done in each checkpoint of this run's folder, whose names have them where a round is one step."""
         found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(self.args.output_dir).iterdir())
         return {int(name[1]) for name in found if name}
+
+    def _take_own_parts(self, parts):
+        super()._take_own_parts(parts)
+        sending = [type(part).__name__ for part in parts if type(part).send is not UpdatePart.send]
+        if sending:
+            raise_together([f"Expected update_transforms without a send of their own in a federation, whose nodes "
+                            f"know a recipe alone, found one of {sending[0]}: use take or settle."])  # fmt: skip
 
     @property
     def keeps_feedback(self):
@@ -66,8 +82,8 @@ class FederationTrainer(FederatedSketchTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.error_feedback:
             self._engine.folded = last_folded(read_records(self.ledger_path))
-        if self._engine.norm_bound is not None:
-            self._engine.norm_bound.restore(last_records(self.ledger_path, PAST_ROUNDS))
+        if self._norm_bound is not None:
+            self._norm_bound.restore(last_records(self.ledger_path, PAST_ROUNDS))
 
     def _lay_out(self, block_size):
         # The second of two processes, which idles while the first, the nodes, trains all clients in one wave.

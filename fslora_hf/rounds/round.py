@@ -2,23 +2,21 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..methods import ClientAdapter, ClientUpdate, FlatTensors, Method, PairChange
 from ..methods.contract import check_accumulator, check_change, check_received, check_weight
-from ..updates.bounds import RefusedUpdate
-from ..updates.top_k import TopK
+from ..updates.part import RefusedUpdate
+from ..updates.pipeline import Pipeline
 from .layout import Layout
 from .plan import ClientPlan, RoundPlan
 from .server import ServerState
 
 if TYPE_CHECKING:
     from ..models.stack import ClientStack
-
-Transform = Callable[[ClientUpdate], ClientUpdate]
 
 
 class RoundEngine:
@@ -28,8 +26,7 @@ class RoundEngine:
         plan: round -> its plan.
         layout: which clients this process trains when.
         method, server, stack: what clients receive and how updates fold; the global adapter; the model's slots.
-        transforms: applied in order to every update; any may refuse it.
-        compressor: what then leaves out a part of every update.
+        updates: what happens to updates on their way.
         sum_over_processes: sums a tensor over all processes in place.
         gather: a list of this process's objects -> the list of all processes' objects.
     """
@@ -42,13 +39,12 @@ class RoundEngine:
         method: Method,
         server: ServerState,
         stack: "ClientStack",
-        transforms: Sequence[Transform] = (),
-        compressor: TopK | None = None,
+        updates: Pipeline | None = None,
         sum_over_processes: Callable[[torch.Tensor], Any] = lambda tensor: None,
         gather: Callable[[list], list] = lambda objects: objects,
     ):
         self.plan, self.layout, self.method, self.server, self.stack = plan, layout, method, server, stack
-        self._transforms, self._compressor = transforms, compressor
+        self.updates = updates or Pipeline()
         self._sum, self._gather = sum_over_processes, gather
         self._accumulator: FlatTensors | None = None
         self._outcomes: list[tuple[int, float, float, float, str | None]] = []
@@ -93,25 +89,19 @@ class RoundEngine:
         losses = (self._losses / self.layout.local_steps).tolist()
         for slot, (client, loss) in enumerate(zip(self._block, losses, strict=True)):
             update = self._update(client, *self.stack.change(slot), self.stack.received(slot))
-            self._fold(client, loss, update)
+            self._fold(client, loss, self.updates.send(self.round, client, update))
         self.abandon()
 
     def _fold(self, client: ClientPlan, loss: float, update: ClientUpdate) -> None:
         """Add a client's update to the accumulator, or note why it is refused; and the norm of what came of it."""
         weight, reason = 0.0, None
         try:
-            for transform in self._transforms:
-                update = transform(update)
-            update = self._compress(client, update)
+            update = self.updates.take(self.round, client, update)
             self.method.accumulate(self._accumulator, update)
             weight = check_weight(self.method, client, self.method.weigh(update))
         except RefusedUpdate as refusal:
             reason = str(refusal)
         self._outcomes.append((client.client_id, loss, update.norm().item(), weight, reason))
-
-    def _compress(self, client: ClientPlan, update: ClientUpdate) -> ClientUpdate:
-        """What of an update reaches the server."""
-        return update if self._compressor is None else self._compressor.compress(self.round, client, update)
 
     def _update(
         self, client: ClientPlan, A: dict[str, torch.Tensor], B: dict[str, torch.Tensor], received: ClientAdapter
@@ -126,8 +116,8 @@ class RoundEngine:
     def close_round(self) -> dict[str, Any]:
         """Sum the folds of all processes, take the server's step, and return the round's ledger record."""
         self._sum(self._accumulator.flat)  # every process has collected its clients by now
-        if self._compressor is not None:
-            self._compressor.close_round(self.round)
+        refused = {number for number, *_, reason in self._outcomes if reason is not None}
+        self.updates.settle(self.round, self._accumulator, refused)
         outcomes = {outcome[0]: outcome[1:] for outcome in self._gather(self._outcomes)}
         change, self._accumulator = self.method.finish(self.server, self._accumulator), None
         self._step(check_change(self.method, self.server, change))
@@ -150,6 +140,7 @@ class RoundEngine:
             "bytes_full_rank": 2 * len(clients) * self.server.rank * self.server.bytes_per_rank,
             **self.method.notes(),
             **self.server.notes(),
+            **self.updates.notes(),
             "seconds": round(time.monotonic() - self._started, 3),
         }
 
@@ -159,7 +150,7 @@ class RoundEngine:
     def _bytes_moved(self, client: ClientPlan) -> tuple[int, int]:
         down, up = self.method.bytes_moved(self.server, client)
         size = next(iter(self.server.A.values())).element_size()
-        return down, up if self._compressor is None else self._compressor.bytes_up(up, size)
+        return down, self.updates.bytes_up(up, size)
 
 
 def _finite(value: float) -> float | None:

@@ -27,7 +27,8 @@ class KeepsCheckpoints:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the run computes, as plain JSON values."""
-        return identity(self.args, self.model, self.train_dataset, len(self.client_index), self.cohort_size)
+        rows, clients = self.train_dataset, len(self.client_index)
+        return identity(self.args, self.model, rows, clients, self.cohort_size, self._own_parts)
 
     @property
     def this_run(self) -> ThisRun:

@@ -9,7 +9,7 @@ transformers 5.23.0 and trl 1.16.0.
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,10 +42,10 @@ from ..storage.checkpoint import FEEDBACK_NAME
 from ..storage.folders import check_writable
 from ..storage.ledger import LEDGER_NAME, Marker
 from ..storage.locks import held
-from ..updates.bounds import check_finite
 from ..updates.feedback import ErrorFeedback
 from ..updates.movement import Movement
-from ..updates.top_k import TopK
+from ..updates.part import UpdatePart
+from ..updates.pipeline import Pipeline, own_part_problems, parts_of
 from .best_round import BestRound, KeepsBestRound, evaluations_at_epochs, has_stopped
 from .callbacks import RoundCallback, RoundProgressCallback
 from .checkpoints import KeepsCheckpoints
@@ -69,6 +69,8 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
     """A mixin over `transformers.Trainer`: one `train()` runs all rounds, and the Trainer's epoch is the round."""
 
     _engine_class = RoundEngine
+    _bounds: Sequence[UpdatePart] = ()  # on the norms of updates
+    _own_parts: Sequence[UpdatePart] = ()  # a user's, of the pipeline of updates
     _resuming = "resume_from_checkpoint={checkpoint}"
 
     # ---- Around the constructor of the class beneath ----
@@ -104,6 +106,15 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         # TRL rounds the adapters of quantized models to bfloat16, also one that was trained before.
         pair = global_pair(model) if isinstance(model, PeftModel) else ()
         self._given_pair = [{name: tensor.detach().clone() for name, tensor in side.items()} for side in pair]
+
+    def _take_own_parts(self, parts: Sequence[UpdatePart]) -> None:
+        """Have a user's parts in the pipeline of updates.
+
+        Raises:
+            ValueError: they are none.
+        """
+        raise_together(own_part_problems(parts))
+        self._own_parts = tuple(parts)
 
     def _count_clients(self, column: np.ndarray, global_rank: int) -> None:
         args = self.args
@@ -266,7 +277,7 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
 
     def check_trained(self, record: dict[str, Any]) -> None:
         """End the run if a targeted layer is not trained, once the round's line is in the ledger."""
-        self._movement.settle(record["round"], record["learning_rate"], gather)
+        self._movement.judge(record["round"], record["learning_rate"], gather)
 
     @property
     def run_ends(self) -> bool:
@@ -314,8 +325,7 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
             method=method,
             server=ServerState(A, B, args.server_optim, args.resolved_server_learning_rate, base),
             stack=stack,
-            transforms=(check_finite, self._movement.note),
-            compressor=None if args.upload_top_k is None else TopK(args.upload_top_k, method, self._feedback),
+            updates=Pipeline(parts_of(args, method, self._movement, self._feedback, self._bounds, self._own_parts)),
             sum_over_processes=torch.distributed.all_reduce if args.world_size > 1 else lambda tensor: None,
             gather=gather_object if args.world_size > 1 else lambda objects: objects,
         )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..methods import method_class
 from ..models.adapter import lora_layers
 from ..models.description import quantization_of
 from ..rounds.ranks import client_ranks
+from ..updates.part import UpdatePart
 
 _DEFINING_LORA = "r lora_alpha lora_dropout use_rslora alpha_pattern".split()
 # Settings that are held as what they come to. Runs of earlier versions that lack one are held as None.
@@ -32,12 +33,18 @@ def ranks_of_clients(args: FederatedSketchConfig, clients: int, global_rank: int
 
 
 def identity(
-    args: FederatedSketchConfig, model: PeftModel, dataset: Dataset, clients: int, cohort_size: int
+    args: FederatedSketchConfig,
+    model: PeftModel,
+    dataset: Dataset,
+    clients: int,
+    cohort_size: int,
+    own_parts: Sequence[UpdatePart] = (),
 ) -> dict[str, Any]:
     """Everything that decides what a run computes, as plain JSON values. How it is laid out over processes, blocks and
     micro-batches is not part of it, and neither is the number of rounds.
 
     `dataset` holds the prepared rows of so many `clients`, of which `cohort_size` take part in a round.
+    Of a user's own parts of the pipeline of updates, the names of their classes count, and not what is in them.
     """
     base, lora = model.get_base_model(), model.peft_config["default"]
     values = held_values(args)
@@ -53,6 +60,8 @@ def identity(
         "adapted layers": _digest(list(lora_layers(model))),
         "data": digest_rows(dataset, args.client_id_column),
     }
+    if own_parts:
+        values["update_transforms"] = [f"{type(each).__module__}:{type(each).__qualname__}" for each in own_parts]
     if method_class(args.method).folds:
         values["base dtype"] = str(base.dtype)  # what is learned is kept in it
     return json.loads(json.dumps(values, default=str))

@@ -1,7 +1,7 @@
 """`FederatedSketchTrainer`: a whole federated run of supervised fine-tuning as one `Trainer.train()`."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..models.adapter_checks import check_layers
 from ..models.joined_rows import StepCost, keeps_rows_apart
 from ..models.scored_head import add_scored_head
 from ..models.targets import unmatched_targets_told
+from ..updates.part import UpdatePart
 from .chat_template import borrowed_template, end_turns_alike
 from .checks import check_columns, raise_together
 from .federated import FederatedTrainer
@@ -38,6 +39,8 @@ class FederatedSketchTrainer(FederatedTrainer, SFTTrainer):
             is. Ids may be sparse.
         peft_config: a plain `LoraConfig` with the global rank, unless `model` has such an adapter already.
         callbacks: as usual; a `RoundCallback` among them takes the built-in's place.
+        update_transforms: what else happens to clients' updates, after all that is built in: instances of
+            `fslora_hf.updates.part.UpdatePart`, which says when each of its places runs, and on which shapes.
 
     Raises:
         ValueError: lists everything that is wrong with the arguments, before the model is loaded where possible.
@@ -67,6 +70,7 @@ class FederatedSketchTrainer(FederatedTrainer, SFTTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable | None = None,
+        update_transforms: Sequence[UpdatePart] = (),
     ):
         args = FederatedSketchConfig() if args is None else args
         given = {
@@ -82,6 +86,7 @@ class FederatedSketchTrainer(FederatedTrainer, SFTTrainer):
             "peft_config": copy.deepcopy(peft_config),  # into which PEFT writes the targets that it makes of names
             "formatting_func": formatting_func,
         }
+        self._take_own_parts(update_transforms)
         unsupported = {
             "optimizers": optimizers,
             "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +102,12 @@ class ErrorFeedback:
             file.write(content)
         self._written.append(client_id)
 
-    def close_round(self, round: int) -> None:
-        """Remove the older files of the clients that this process trained in a round that is over."""
+    def close_round(self, round: int, refused: Collection[int] = ()) -> None:
+        """Leave one file of each client that this process trained in a round that is over: that of the round, or where
+        its update was refused, which makes what was left out of it void, the one before."""
         for client_id in self._written:
             for path in _files(self.folder / str(client_id)):
-                if _round(path) < round:
+                if _round(path) == round if client_id in refused else _round(path) < round:
                     path.unlink()
         self._written = []
 

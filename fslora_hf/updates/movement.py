@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from ..methods import ClientUpdate
+from .part import UpdatePart
 
 Side = tuple[str, str]  # module, and A or B
 
@@ -45,6 +46,19 @@ class Movement:
         self._rested: set[Side] = set()  # though it could have moved
         self._rested_wholly: set[Side] = set()  # as the other side did: at too low a rate that may be rounding
 
+    def at_clients(self) -> UpdatePart:
+        """Look at changes before anything is left out of them."""
+        return _AtClients(self)
+
+    def at_server(self) -> UpdatePart:
+        """Look at updates that came and are finite."""
+        return _AtServer(self)
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether something has yet to move."""
+        return bool(self._pending)
+
     def note(self, update: ClientUpdate) -> ClientUpdate:
         """Look at a client's update, and leave it as it is."""
         left = sorted(self._pending - self._moved)
@@ -71,7 +85,7 @@ class Movement:
         elif _norm(step) * _norm(beside + step) > _VISIBLE * _norm(own) ** 2:
             self._rested.add((module, side))
 
-    def settle(self, round: int, rate: float, gather: Callable[[object], list]) -> None:
+    def judge(self, round: int, rate: float, gather: Callable[[object], list]) -> None:
         """Judge a round that is over, in all processes alike.
 
         Args:
@@ -94,6 +108,22 @@ class Movement:
         rested = rested | wholly if rate >= self._full_rate / 2 else rested
         if rate > 0 and rested & self._pending:
             raise NeverTrained(_sentence(rested & self._pending, round))
+
+
+class _AtClients(UpdatePart):
+    def __init__(self, movement: Movement):
+        self._movement = movement
+
+    def send(self, round, client, update):
+        return self._movement.note(update) if self._movement.is_watching and torch.isfinite(update.norm()) else update
+
+
+class _AtServer(UpdatePart):
+    def __init__(self, movement: Movement):
+        self._movement = movement
+
+    def take(self, round, client, update):
+        return self._movement.note(update)
 
 
 def _sentence(rested: set[Side], round: int) -> str:

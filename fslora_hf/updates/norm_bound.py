@@ -14,13 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from ..methods import SketchedClient
+from ..methods import ClientUpdate, SketchedClient
+from .bounds import refuse_beyond
+from .part import UpdatePart
 
 PAST_ROUNDS = 16  # whose norms are remembered, and read from the ledger of a run that is resumed
 
 
-class NormBound:
-    """Bounds on the Frobenius norms of a round's updates.
+class NormBound(UpdatePart):
+    """Refuses an update whose Frobenius norm is too far above what norms are.
+
+    All updates of a round are to be measured before the first of them is taken.
 
     Norms of other rounds and ranks are made comparable first. A client's steps are as large as its learning rate, so a
     norm of another round counts times the quotient of the rates. Of k times the numbers it is the root of k times as
@@ -37,6 +41,38 @@ class NormBound:
     def __init__(self, ratio: float, local_steps: int, keeps_rest: bool = False):
         self._ratio, self._local_steps, self._least = ratio, local_steps, 1.0 if keeps_rest else 0.0
         self._past: deque[tuple[float, np.ndarray, np.ndarray]] = deque(maxlen=PAST_ROUNDS)
+        self._record: dict[str, Any] = {}  # of the round: what the ledger's says of norms
+        self._bounds: dict[int, float] = {}  # of this round's updates, by client id
+
+    def measure(self, clients: Sequence[SketchedClient], updates: Mapping[int, ClientUpdate], rate: float) -> None:
+        """See how large the updates of a round may be.
+
+        Args:
+            clients: of the round.
+            updates: client id -> its update, of all that sent one.
+            rate: the round's learning rate.
+        """
+        norms = {number: update.norm().item() for number, update in updates.items()}
+        numbers = {number: sum(t.numel() for side in (update.A, update.B) for t in side.values())
+                   for number, update in updates.items()}  # fmt: skip
+        self._bounds = self.bounds(clients, norms, rate, numbers)
+        sent = [norms.get(client.client_id, math.nan) for client in clients]
+        self._record = {"update_norms": [norm if math.isfinite(norm) else None for norm in sent],
+                        "ranks": [client.rank for client in clients], "learning_rate": rate,
+                        "clients": [client.client_id for client in clients]}  # fmt: skip
+
+    def take(self, round, client, update):
+        of = f"{self._ratio:g} times the median of this and the last rounds (max-norm-ratio)"
+        refuse_beyond(self._bounds[client.client_id], update, of)
+        return update
+
+    def settle(self, round, total, refused):
+        self.note(self._record)
+
+    def notes(self):
+        """The bound of each client's update, None for one that sent none."""
+        bounds = (self._bounds.get(client, math.nan) for client in self._record["clients"])
+        return {"norm_bounds": [bound if math.isfinite(bound) else None for bound in bounds]}
 
     def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Remember the rounds of a ledger, the last of them the last one."""

@@ -6,17 +6,18 @@ from fractions import Fraction
 
 import torch
 
-from ..methods import ClientUpdate, Method, SketchedClient
+from ..methods import Method
 from .feedback import ErrorFeedback
+from .part import UpdatePart
 
 
-class TopK:
+class TopK(UpdatePart):
     """Keep a share of each client's change: of A and B of all modules together, the numbers largest in size.
 
     With error feedback, what is left out waits on the client, is added to its change when it next takes part, and is
     sent once it is large enough (S. U. Stich et al., "Sparsified SGD with Memory", arXiv 1809.07599). It is kept by
     the rows of the global A and columns of the global B that it is meant for, so a client whose sketch leaves some of
-    them out this time keeps those for later.
+    them out this time keeps those for later. What it left out of an update that the server refused is void.
 
     Args:
         share: of the numbers of a change, above 0 and at most 1; rounded up to whole numbers.
@@ -28,8 +29,8 @@ class TopK:
         self.share, self._method, self._feedback = share, method, feedback
 
     @torch.no_grad()
-    def compress(self, round: int, client: SketchedClient, update: ClientUpdate) -> ClientUpdate:
-        """The update that reaches the server of a client in a round: zeros stand where nothing was sent."""
+    def send(self, round, client, update):
+        """The update with zeros where nothing is sent. What is not finite counts as largest: the server is to see it."""
         if self._feedback is None:
             return replace(update, **dict(zip("AB", self._largest(update.A, update.B), strict=True)))
         find = self._method.rows(client, client.sketch)
@@ -56,20 +57,20 @@ class TopK:
         pieces = iter(sparse.split([tensor.numel() for side in sides for tensor in side.values()]))
         return [{module: next(pieces).view(tensor.shape) for module, tensor in side.items()} for side in sides]
 
-    def bytes_up(self, dense: int, element_size: int) -> int:
-        """Bytes of an update that would take `dense` bytes whole.
+    def bytes_up(self, size, element_size):
+        """Bytes of an update that would take `size` bytes whole.
 
         The numbers that are sent, and 4 bytes for the place of each or one bit for every place there is, whichever is
         less; or the whole update where that is least.
         """
-        numbers = dense // element_size
+        numbers = size // element_size
         kept = kept_numbers(numbers, self.share)
-        return min(kept * element_size + min(list_bytes(numbers, kept), mask_bytes(numbers)), dense)
+        return min(kept * element_size + min(list_bytes(numbers, kept), mask_bytes(numbers)), size)
 
-    def close_round(self, round: int) -> None:
-        """Forget what clients had left out before their part in this round, which is over."""
+    def settle(self, round, total, refused):
+        """Forget what clients had left out before their part in this round, or of an update that was refused."""
         if self._feedback is not None:
-            self._feedback.close_round(round)
+            self._feedback.close_round(round, refused)
 
 
 def list_bytes(numbers: int, kept: int) -> int:

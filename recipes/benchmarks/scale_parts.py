@@ -113,7 +113,8 @@ def hand_over(options, clients: int, cohort: int, low: int, high: int) -> dict[s
     from fslora_hf.rounds.layout import Layout
     from fslora_hf.rounds.round import RoundEngine
     from fslora_hf.rounds.server import ServerState
-    from fslora_hf.updates.bounds import check_finite
+    from fslora_hf.updates.bounds import CheckFinite
+    from fslora_hf.updates.pipeline import Pipeline
 
     torch.manual_seed(0)
     shapes = ADAPTED[options.layer]
@@ -130,7 +131,7 @@ def hand_over(options, clients: int, cohort: int, low: int, high: int) -> dict[s
         plan = lru_cache(make_planner(options, index, ranks, size))
         plan(0)
         engine = RoundEngine(plan=plan, layout=layout, method=METHODS["fslora"](), server=server, stack=stack,
-                             transforms=(check_finite,))  # fmt: skip
+                             updates=Pipeline([CheckFinite()]))  # fmt: skip
         with timer.memory("round"):
             engine.begin_round(0)
             for wave in range(layout.waves):

@@ -14,7 +14,7 @@ from fslora_hf.federation.packet import Packet
 from fslora_hf.federation.roster import FederationError
 from fslora_hf.models.folding import FoldedBase
 from fslora_hf.rounds.server import ServerState
-from fslora_hf.updates.bounds import RefusedUpdate
+from fslora_hf.updates.part import RefusedUpdate
 from tests.support import federated, reference
 from tests.support.worker_train import check_same_ledger, ledger
 
@@ -161,7 +161,7 @@ def test_a_round_without_a_client_is_the_simulators_that_refuses_it(tmp_path, re
             raise RefusedUpdate("of the test")
         return update
 
-    monkeypatch.setattr("fslora_hf.trainers.federated.check_finite", refuse_third)
+    federated.take_by(monkeypatch, refuse_third)
     federated.simulate(recipe, tmp_path / "simulated")
     adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
     assert reference.max_difference(*adapters) < 1e-9

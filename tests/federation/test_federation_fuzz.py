@@ -14,7 +14,7 @@ from fslora_hf.federation.roster import FederationError, Roster, read_roster
 from fslora_hf.federation.sparse import pack
 from fslora_hf.federation.standing import Standing
 from fslora_hf.methods import ClientAdapter
-from fslora_hf.updates.bounds import RefusedUpdate
+from fslora_hf.updates.part import RefusedUpdate
 from tests.support import federated
 from tests.support.damage import damaged, damaged_json, variants
 from tests.support.worker_train import ledger

@@ -14,7 +14,7 @@ import local  # recipes/federation/local.py
 import psutil
 import pytest
 
-from fslora_hf.updates.bounds import RefusedUpdate
+from fslora_hf.updates.part import RefusedUpdate
 from tests.support import federated, reference
 from tests.support.warm_apps import warm_machine
 from tests.support.worker_train import check_same_ledger, ledger
@@ -118,7 +118,7 @@ def test_updates_that_are_not_sound_are_left_out(tmp_path, federation, monkeypat
             raise RefusedUpdate("of the test")
         return update
 
-    monkeypatch.setattr("fslora_hf.trainers.federated.check_finite", refuse)
+    federated.take_by(monkeypatch, refuse)
     federated.simulate(recipe, tmp_path / "simulated")
     adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
     assert reference.max_difference(*adapters) < 1e-9

@@ -16,7 +16,7 @@ from fslora_hf.federation.sparse import pack, unpack
 from fslora_hf.federation.trainer import last_folded
 from fslora_hf.models.folding import FoldedBase
 from fslora_hf.models.stack import ClientStack
-from fslora_hf.updates.bounds import RefusedUpdate
+from fslora_hf.updates.part import RefusedUpdate
 from fslora_hf.updates.top_k import TopK
 from tests.support import federated, reference
 from tests.support.worker_train import check_same_ledger, ledger
@@ -123,7 +123,7 @@ def test_what_was_left_out_of_an_update_that_was_not_folded_is_void(tmp_path, so
             raise RefusedUpdate("the update is not finite")
         return update
 
-    monkeypatch.setattr("fslora_hf.trainers.federated.check_finite", refuse_once)
+    federated.take_by(monkeypatch, refuse_once)
     federated.simulate(recipe, tmp_path / "simulated")
     check_same_adapter(tmp_path)
     assert [len(line["refused"]) for line in ledger(tmp_path / "run")] == [0, 1, 0, 0]

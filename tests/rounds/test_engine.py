@@ -16,7 +16,9 @@ from fslora_hf.rounds.layout import Layout
 from fslora_hf.rounds.plan import plan_round
 from fslora_hf.rounds.round import RoundEngine
 from fslora_hf.rounds.server import ServerState
-from fslora_hf.updates.bounds import RefusedUpdate, check_finite
+from fslora_hf.updates.bounds import CheckFinite
+from fslora_hf.updates.part import RefusedUpdate, UpdatePart
+from fslora_hf.updates.pipeline import Pipeline
 from tests.support import reference, tiny
 
 R, RANKS, LOCAL_STEPS = 6, [1, 2, 3, 4, 6], 2
@@ -39,7 +41,7 @@ def plan(round: int):
     )
 
 
-def make_engine(block_size=5, processes=1, process=0, method=FSLoRA, **options) -> RoundEngine:
+def make_engine(block_size=5, processes=1, process=0, method=FSLoRA, parts=(), **options) -> RoundEngine:
     model = get_peft_model(tiny.base_model(), tiny.lora_config(R, zero_b=False))
     with torch.no_grad():  # the same global adapter wherever and whenever it is made
         for n, tensor in enumerate(t for side in global_pair(model) for t in side.values()):
@@ -48,7 +50,8 @@ def make_engine(block_size=5, processes=1, process=0, method=FSLoRA, **options) 
     stack.attach()
     layout = Layout(5, LOCAL_STEPS, block_size, processes, process)
     server = ServerState(*global_pair(model))
-    engine = RoundEngine(plan=plan, layout=layout, method=method(), server=server, stack=stack, **options)
+    engine = RoundEngine(plan=plan, layout=layout, method=method(), server=server, stack=stack,
+                         updates=Pipeline(parts), **options)  # fmt: skip
     engine.model = model
     return engine
 
@@ -106,17 +109,18 @@ def test_a_round_folds_the_weighted_mean_whatever_the_blocks(block_size):
     assert record["round"] == 0 and record["learning_rate"] == 0.1 and record["seconds"] >= 0
 
 
-def refuse(*client_weights):
-    def transform(update):
-        if any(math.isclose(update.weight, weight) for weight in client_weights):
+class Refuse(UpdatePart):
+    def __init__(self, *client_weights):
+        self.client_weights = client_weights
+
+    def take(self, round, client, update):
+        if any(math.isclose(update.weight, weight) for weight in self.client_weights):
             raise RefusedUpdate(f"weight {update.weight:.3f} is not wanted")
         return update
 
-    return transform
-
 
 def test_refused_updates_leave_the_others_shares_in_proportion():
-    engine = make_engine(2, transforms=(check_finite, refuse(2 / 15, 4 / 15)))
+    engine = make_engine(2, parts=[CheckFinite(), Refuse(2 / 15, 4 / 15)])
     start = reference.read_adapter(engine.model)
     record = run_round(engine)
     assert reference.max_difference(reference.read_adapter(engine.model), expected_pair(start, (10, 30))) < 1e-12
@@ -130,7 +134,7 @@ def test_refused_updates_leave_the_others_shares_in_proportion():
 
 def test_the_ledger_holds_the_weights_that_the_method_gave():
     """hetlora's are in proportion to the norms of the products; a refused client has none."""
-    engine = make_engine(2, method=METHODS["hetlora"], transforms=(check_finite, refuse(4 / 15)))
+    engine = make_engine(2, method=METHODS["hetlora"], parts=[CheckFinite(), Refuse(4 / 15)])
     start = reference.read_adapter(engine.model)
     record = run_round(engine)
     parts = []
@@ -142,14 +146,16 @@ def test_the_ledger_holds_the_weights_that_the_method_gave():
     assert record["weights"] == pytest.approx([part / sum(parts) for part in parts], rel=1e-12)
 
 
-def test_a_transform_may_change_an_update():
-    def halve(update):
+class Halve(UpdatePart):
+    def take(self, round, client, update):
         for side in (update.A, update.B):
             for tensor in side.values():
                 tensor.mul_(0.5)
         return update
 
-    engine = make_engine(transforms=(halve,))
+
+def test_a_part_may_change_an_update():
+    engine = make_engine(parts=[Halve()])
     start = reference.read_adapter(engine.model)
     run_round(engine)
     whole = expected_pair(start)
@@ -158,7 +164,7 @@ def test_a_transform_may_change_an_update():
 
 
 def test_a_round_without_a_usable_update_changes_nothing():
-    engine = make_engine(2, transforms=(refuse(*(n / 15 for n in SIZES)),))
+    engine = make_engine(2, parts=[Refuse(*(n / 15 for n in SIZES))])
     start = reference.read_adapter(engine.model)
     record = run_round(engine)
     assert reference.max_difference(reference.read_adapter(engine.model), start) == 0
@@ -167,7 +173,7 @@ def test_a_round_without_a_usable_update_changes_nothing():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_update_that_is_not_finite_is_left_out(value):
-    engine = make_engine(5, transforms=(check_finite,))
+    engine = make_engine(5, parts=[CheckFinite()])
     start = reference.read_adapter(engine.model)
     engine.begin_round(0)
     engine.hand_over(0)
@@ -185,7 +191,7 @@ def test_an_update_that_is_not_finite_is_left_out(value):
 
 def test_rounds_do_not_leak_into_each_other():
     """Every round starts with an empty fold, no losses and the global adapter that the last one left."""
-    engine = make_engine(2, transforms=(check_finite,))
+    engine = make_engine(2, parts=[CheckFinite()])
     for t in range(3):
         start = reference.read_adapter(engine.model)
         record = run_round(engine, t)

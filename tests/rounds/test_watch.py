@@ -18,7 +18,8 @@ from fslora_hf.storage.checkpoint import last_checkpoint, proven_checkpoint, rea
 from fslora_hf.storage.ledger import append_round, last_records, read_records
 from fslora_hf.trainers.callbacks import RoundCallback
 from fslora_hf.trainers.sft import FederatedSketchTrainer
-from fslora_hf.updates.bounds import NOT_FINITE, RefusedUpdate
+from fslora_hf.updates.bounds import NOT_FINITE
+from fslora_hf.updates.part import RefusedUpdate
 from recipes import quickstart, train
 from tests.support import federated, tiny
 from tests.support.worker_train import build, ledger
@@ -120,7 +121,7 @@ def test_a_run_that_folds_nothing_ends_with_a_sentence_and_everything_kept(tmp_p
 
 @pytest.mark.parametrize("changes, rounds", [({"num_rounds": 2}, 2), ({"max_lost_rounds": 0}, 6)])
 def test_a_run_that_ends_before_it_is_given_up_may_not_have_folded_nothing(tmp_path, monkeypatch, changes, rounds):
-    monkeypatch.setattr("fslora_hf.trainers.federated.check_finite", refuse)
+    federated.take_by(monkeypatch, refuse)
     why = "the last: no update was folded: it is not wanted"
     with pytest.raises(RunLost, match=f"found none of {3 * rounds} updates folded in {rounds} rounds .{why}"):
         build(tmp_path, ARGS | changes).train()
@@ -130,10 +131,7 @@ def test_a_run_that_ends_before_it_is_given_up_may_not_have_folded_nothing(tmp_p
 def test_rounds_that_fold_nothing_count_across_a_resume_and_in_a_row_only(tmp_path, monkeypatch):
     """Two, then one that folds; two, then a stop, and one more."""
     wanted = {2}
-    monkeypatch.setattr(
-        "fslora_hf.trainers.federated.check_finite",
-        lambda update: update if trainer.rounds_done in wanted else refuse(0),
-    )
+    federated.take_by(monkeypatch, lambda update: update if trainer.rounds_done in wanted else refuse(0))
     trainer = build(tmp_path, ARGS | {"num_rounds": 5, "lr_scheduler_type": "constant"})
     trainer.train()
     trainer = build(tmp_path, ARGS | {"num_rounds": 9, "lr_scheduler_type": "constant"})
@@ -151,7 +149,7 @@ def test_the_end_of_a_run_says_how_many_updates_were_folded(tmp_path, monkeypatc
         refused.append(update)
         return update if len(refused) > 1 else refuse(update)
 
-    monkeypatch.setattr("fslora_hf.trainers.federated.check_finite", refuse_first)
+    federated.take_by(monkeypatch, refuse_first)
     trainer = build(tmp_path, ARGS | {"num_rounds": 2})
     trainer.train()
     assert "Rounds 0 to 1 are over: 5 of 6 updates were folded into the global adapter." in caplog.text

@@ -13,6 +13,7 @@ from fslora_hf.federation.node import Node, NodeSettings
 from fslora_hf.federation.packet import Packet
 from fslora_hf.federation.server import RECIPE_TYPES, FederationArguments, read_recipe, run_federation
 from fslora_hf.launch import build_trainer, finish
+from fslora_hf.updates.bounds import CheckFinite
 from tests.support import reference, tiny
 
 CLIENTS = 4
@@ -123,6 +124,11 @@ def simulate(recipe: Path, output_dir: Path):
     trainer.train()
     finish(trainer)
     return trainer
+
+
+def take_by(monkeypatch, take) -> None:
+    """Have a server hold updates to `take`, a function of an update, in place of the finite check."""
+    monkeypatch.setattr(CheckFinite, "take", lambda part, round, client, update: take(update))
 
 
 def saved_adapter(folder: Path) -> reference.Adapter:

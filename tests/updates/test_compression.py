@@ -282,7 +282,7 @@ def update_of(client, seed: int) -> ClientUpdate:
 
 def test_the_largest_numbers_of_both_sides_are_sent_and_no_others(tmp_path):
     update = update_of(client := client_of(0, [0, 2, 3]), seed=0)
-    kept = TopK(0.3, METHODS["fslora"]()).compress(0, client, update)
+    kept = TopK(0.3, METHODS["fslora"]()).send(0, client, update)
     whole = torch.cat([update.A["m"].flatten(), update.B["m"].flatten()])
     sent = torch.cat([kept.A["m"].flatten(), kept.B["m"].flatten()])
     assert (sent != 0).sum() == math.ceil(0.3 * 27) == 9
@@ -301,11 +301,11 @@ def test_nothing_is_lost_with_error_feedback(tmp_path):
     for round, rows in enumerate([[0, 3], [3, 5], [1, 3], [0, 1]]):
         client = client_of(7, rows)
         update = update_of(client, seed=round)
-        kept = compressor.compress(round, client, update)
+        kept = compressor.send(round, client, update)
         for total, change in ((changed, update), (sent, kept)):
             total[0][rows] += change.A["m"]
             total[1][:, rows] += change.B["m"]
-        compressor.close_round(round)
+        compressor.settle(round, None, ())
         waits = feedback.take(7, round + 1)
         for side, total, gone in zip("AB", changed, sent, strict=True):
             waiting = waits.part(side, "m", waits.tensors["m.rows"].numpy())
@@ -322,8 +322,8 @@ def test_clients_wait_apart_and_only_those_of_the_cohort_are_touched(tmp_path):
     for round, ids in enumerate([[1, 2], [2, 3], [10**12]]):
         for client_id in ids:
             client = client_of(client_id, [client_id % 6])
-            compressor.compress(round, client, update_of(client, seed=client_id % 97))
-        compressor.close_round(round)
+            compressor.send(round, client, update_of(client, seed=client_id % 97))
+        compressor.settle(round, None, ())
     assert waiting_files(tmp_path) == {"1": 0, "2": 1, "3": 1, str(10**12): 2}
     assert feedback.take(3, 2).tensors["m.rows"].tolist() == [3] and feedback.take(9, 2).tensors == {}
     assert feedback.take(3, 1).tensors == {}  # not what it left out in this very round
@@ -332,9 +332,9 @@ def test_clients_wait_apart_and_only_those_of_the_cohort_are_touched(tmp_path):
 def test_a_checkpoint_links_what_was_current_when_it_was_taken(tmp_path):
     feedback, compressor = (f := ErrorFeedback(tmp_path / "run")), TopK(0.25, METHODS["fslora"](), f)
     for round in range(2):
-        compressor.compress(round, client_of(1, [0]), update_of(client_of(1, [0]), seed=round))
-        compressor.close_round(round)
-    compressor.compress(2, client_of(1, [0]), update_of(client_of(1, [0]), seed=2))  # a round that is not over
+        compressor.send(round, client_of(1, [0]), update_of(client_of(1, [0]), seed=round))
+        compressor.settle(round, None, ())
+    compressor.send(2, client_of(1, [0]), update_of(client_of(1, [0]), seed=2))  # a round that is not over
     (tmp_path / "checkpoint").mkdir()
     feedback.link_into(tmp_path / "checkpoint", 2)
     assert waiting_files(tmp_path / "checkpoint" / FEEDBACK_NAME) == {"1": 1}

@@ -233,10 +233,10 @@ def test_who_could_have_moved(case):
     movement = Movement(["m"], trains, local_steps, 1.0)
     assert movement.note(given) is given
     if found is None:
-        movement.settle(0, rate, lambda value: [value])
+        movement.judge(0, rate, lambda value: [value])
         return
     with pytest.raises(NeverTrained) as error:
-        movement.settle(0, rate, lambda value: [value])
+        movement.judge(0, rate, lambda value: [value])
     assert f"no client has moved {found}: leave" in str(error.value)
 
 
@@ -245,7 +245,7 @@ def test_a_side_may_rest_with_the_other_one_once_that_has_moved():
     movement = Movement(["m"], "AB", 1, 1.0)
     for round, given in enumerate([update(ONE, NONE, ONE, [1e-9, 0.0]), update(ONE, NONE, ONE, NONE)]):
         movement.note(given)
-        movement.settle(round, 1.0, lambda value: [value])
+        movement.judge(round, 1.0, lambda value: [value])
 
 
 def test_processes_settle_on_what_any_of_them_saw():
@@ -261,10 +261,10 @@ def test_processes_settle_on_what_any_of_them_saw():
 
     for part in parts[1:]:
         with pytest.raises(NeverTrained) if part is parts[1] else nullcontext():
-            deepcopy(part).settle(0, 1.0, gather)
-    deepcopy(parts[0]).settle(0, 1.0, gather)
+            deepcopy(part).judge(0, 1.0, gather)
+    deepcopy(parts[0]).judge(0, 1.0, gather)
     for part in parts:
-        part.settle(0, 1.0, lambda value: gathered)
+        part.judge(0, 1.0, lambda value: gathered)
     for part in parts:
         part.note(update(ONE, NONE, NONE, NONE))
-        part.settle(1, 1.0, lambda value: pytest.fail("nothing is left to look at"))
+        part.judge(1, 1.0, lambda value: pytest.fail("nothing is left to look at"))
