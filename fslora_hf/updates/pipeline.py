@@ -96,7 +96,5 @@ def own_part_problems(own: Any) -> Iterator[str]:
         if not isinstance(part, UpdatePart):
             is_class = isinstance(part, type) and issubclass(part, UpdatePart)
             found = f"the class {part.__name__}" if is_class else f"a {type(part).__name__}"
-            remedy = (
-                "pass an instance of it" if is_class else "derive it from fslora_hf.updates.part.UpdatePart"
-            )
+            remedy = "pass an instance of it" if is_class else "derive it from fslora_hf.updates.part.UpdatePart"
             yield f"Expected update_transforms[{place}] to be an UpdatePart, found {found}: {remedy}."

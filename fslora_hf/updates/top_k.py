@@ -30,7 +30,7 @@ class TopK(UpdatePart):
 
     @torch.no_grad()
     def send(self, round, client, update):
-        """The update with zeros where nothing is sent. What is not finite counts as largest: the server is to see it."""
+        """The update with zeros where nothing is sent. What is not finite counts as largest, and is seen."""
         if self._feedback is None:
             return replace(update, **dict(zip("AB", self._largest(update.A, update.B), strict=True)))
         find = self._method.rows(client, client.sketch)

@@ -53,6 +53,7 @@ def build(
     dataset=None,
     callbacks=None,
     eval_dataset=None,
+    update_transforms=(),
 ) -> FederatedSketchTrainer:
     """A trainer on the tiny model; `args` are fields of FederatedSketchConfig beyond the defaults above."""
     return FederatedSketchTrainer(
@@ -63,6 +64,7 @@ def build(
         processing_class=tiny.tokenizer(),
         peft_config=tiny.lora_config(**(lora or {})),
         callbacks=callbacks,
+        update_transforms=update_transforms,
     )
 
 
