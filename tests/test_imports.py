@@ -19,7 +19,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
 
 # What is still to be mended: these lists go when they are empty.
-STILL_UP = {("rounds", "models")}  # rooms
+STILL_UP: set[tuple[str, str]] = set()  # rooms
 STILL_IN_A_CIRCLE = {"trainers"}
 
 

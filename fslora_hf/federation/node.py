@@ -193,9 +193,9 @@ class Node:
         self._fold(packet)
         received = self._received(packet, rank)
         logger.info("Round %d: training at rank %d.", int(header["round"]), rank)
-        result = self._trainer.train_round(int(header["round"]), received)
+        returned = self._trainer.train_round(int(header["round"]), received)
         answer = {"kind": "update", "round": header["round"], "client_id": self.settings.client_id}
-        answer["loss"], tensors = result.loss, to_numpy({"A": result.A, "B": result.B})
+        answer["loss"], tensors = returned.loss, to_numpy({"A": returned.update.A, "B": returned.update.B})
         if args.upload_top_k is not None:
             tensors = pack(tensors, args.upload_top_k)
         return Packet(answer, tensors)

@@ -1,64 +1,27 @@
-"""The local work of one client on the simulator's trainer and engine: rounds of which it is all there is."""
-
-from dataclasses import dataclass
+"""The local work of one client on the simulator's trainer: of a round, the clients' half alone."""
 
 import numpy as np
-import torch
-from trl import SFTTrainer
 
 from ..common import host_memory
 from ..common.processes import gather
 from ..methods import ClientAdapter, method_class
-from ..rounds.round import RoundEngine
+from ..rounds.local import Returned
 from ..trainers.callbacks import RoundCallback
 from ..trainers.sft import FederatedSketchTrainer
 from ..updates.feedback import ErrorFeedback
 
 
-@dataclass(frozen=True)
-class LocalResult:
-    """What a client's local steps came to: the change of A `[k, in]` and B `[out, k]` by module, without what is left
-    out of it, and the client's mean loss."""
-
-    A: dict[str, torch.Tensor]
-    B: dict[str, torch.Tensor]
-    loss: float
-
-
-class _LocalEngine(RoundEngine):
-    """Trains what came over the wire, and keeps the change for the server instead of folding it."""
-
-    received: ClientAdapter
-    result: LocalResult
-
-    def begin_round(self, round):
-        self.round, plan = round, self.plan(round)
-        self._positions = {client.client_id: position for position, client in enumerate(plan.clients)}
-        return plan
-
-    def _receive(self, client):
-        return self.received
-
-    def collect(self):
-        (client,) = self._block
-        update = self._update(client, *self.stack.change(0), self.received)
-        loss = (self._losses / self.layout.local_steps).item()
-        update = self.updates.send(self.round, client, update)
-        self.result = LocalResult(update.A, update.B, loss)
-        self.abandon()
-
-    def close_round(self):
-        return {"round": self.round, "bytes_up": 0}
-
-
 class _OneRound(RoundCallback):
     """Ends `train()` with the round that it began with; the ledger is the server's."""
 
+    returned: Returned
+
     def on_step_end(self, args, state, control, **kwargs):
-        _, _, local_step = self.trainer.locate_step(state.global_step - 1)
+        run = self.trainer.run
+        _, _, local_step = run.locate_step(state.global_step - 1)
         if local_step == args.local_steps - 1:
-            self.trainer.collect()
-            self.aggregate()
+            (self.returned,) = run.clients.collect()
+            run.rounds_done += 1
             control.should_training_stop = True
 
 
@@ -71,7 +34,6 @@ class NodeTrainer(FederatedSketchTrainer):
     Args: as FederatedSketchTrainer's; `args.client_ranks` holds the client's rank.
     """
 
-    _engine_class = _LocalEngine
     feedback: ErrorFeedback | None = None  # with `error_feedback`: what was left out of the updates so far
 
     def __init__(self, *args, callbacks=(), **kwargs):
@@ -90,8 +52,16 @@ class NodeTrainer(FederatedSketchTrainer):
     def method(self):
         return method_class(self.args.method)()
 
-    def train_round(self, round: int, received: ClientAdapter) -> LocalResult:
-        """Take the local steps of a round, from 0, beginning with this adapter.
+    def _halves(self, method, updates):
+        return self._clients_here(method, updates, lambda client: self._received), None  # the server is elsewhere
+
+    def _round_began(self, plan):
+        (client,) = plan.clients
+        # Each client has dropout of its own, also on nodes that are all the first process of theirs.
+        self._steps.begin_round(self.args.seed, "dropout", plan.round, client.client_id)
+
+    def train_round(self, round: int, received: ClientAdapter) -> Returned:
+        """Take the local steps of a round, from 0, beginning with this adapter; returns what the client sends.
 
         Raises:
             ValueError: the round is not one of this run, or with `upload_top_k` a targeted layer was not trained.
@@ -101,24 +71,18 @@ class NodeTrainer(FederatedSketchTrainer):
                              "another recipe; start it anew.")  # fmt: skip
         self._bind_callbacks()
         kept = self.args.device.type == "cpu" and host_memory.keep_freed_memory()
+        self._received = received
         self._open_run()
         try:
-            self._engine.received = received
-            self.rounds_done = round
-            SFTTrainer.train(self)  # ours would look for a run in output_dir; a node keeps none
+            self.run.rounds_done = round
+            self._take_steps()  # without looking for a run in output_dir: a node keeps none
             if self.args.upload_top_k is not None:  # of which the server sees a part
                 self._movement.judge(round, self.round_plan(round).learning_rate, gather)
-            return self._engine.result
+            return self._round_callback.returned
         finally:
             self._close_run()
             if kept:
                 host_memory.return_freed_memory()
-
-    def begin_round(self, round: int) -> None:
-        super().begin_round(round)
-        (client,) = self.round_plan(round).clients
-        # Each client has dropout of its own, also on nodes that are all the first process of theirs.
-        self._steps.begin_round(self.args.seed, "dropout", round, client.client_id)
 
     def log(self, logs, start_time=None):
         """Nothing: what a round came to goes to the server, which keeps the ledger."""

@@ -3,11 +3,11 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from ..rounds.layout import Layout
 from ..storage.ledger import last_records, read_records
@@ -17,7 +17,7 @@ from ..updates.bounds import MaxNorm
 from ..updates.norm_bound import PAST_ROUNDS, NormBound
 from ..updates.part import UpdatePart
 from .exchange import Exchange
-from .remote import RemoteEngine, RoundRules
+from .remote import RemoteClients, RoundRules
 from .roster import FederationError, Roster
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class FederationTrainer(FederatedSketchTrainer):
     _resuming = "resume=true in --run-config, once the checkpoints after {checkpoint} are moved away"
 
     def __init__(self, exchange: Exchange, roster: Roster, rules: RoundRules, **kwargs):
-        self._roster = roster
+        self._exchange, self._roster, self._rules = exchange, roster, rules
         self._witnesses: set[int] = set()  # clients whose updates are looked at for layers that rest
         args, held_out = kwargs["args"], kwargs.get("eval_dataset")
         if args.completion_only_loss is None and held_out is not None:
@@ -46,11 +46,7 @@ class FederationTrainer(FederatedSketchTrainer):
             self._norm_bound = NormBound(rules.max_norm_ratio, args.local_steps, args.error_feedback)
         bounds = None if rules.max_update_norm is None else MaxNorm(rules.max_update_norm), self._norm_bound
         self._bounds = [bound for bound in bounds if bound is not None]
-        self._engine_class = partial(RemoteEngine, exchange=exchange, roster=roster, rules=rules,
-                                     norm_bound=self._norm_bound, share=args.upload_top_k)  # fmt: skip
         super().__init__(**kwargs)
-        if self.args.error_feedback:
-            self._engine_class.keywords["checkpoints"] = self._checkpoints
 
     def _checkpoints(self) -> set[int]:
         """Rounds done in each checkpoint of this run's folder, whose names have them where a round is one step."""
@@ -81,35 +77,59 @@ class FederationTrainer(FederatedSketchTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.error_feedback:
-            self._engine.folded = last_folded(read_records(self.ledger_path))
+            self.run.clients.folded = last_folded(read_records(self.ledger_path))
         if self._norm_bound is not None:
             self._norm_bound.restore(last_records(self.ledger_path, PAST_ROUNDS))
 
-    def _lay_out(self, block_size):
-        # The second of two processes, which idles while the first, the nodes, trains all clients in one wave.
-        self.layout = Layout(self.cohort_size, local_steps=1, block_size=self.cohort_size, processes=2, process=1)
+    def _laid_out(self, block_size):
+        return Layout(self.cohort_size, local_steps=1, block_size=self.cohort_size)  # all clients in one wave
+
+    def _halves(self, method, updates):
+        round = self._server_half(method, updates)
+        clients = RemoteClients(
+            round=round,
+            exchange=self._exchange,
+            roster=self._roster,
+            rules=self._rules,
+            norm_bound=self._norm_bound,
+            share=self.args.upload_top_k,
+            checkpoints=self._checkpoints if self.args.error_feedback else None,
+        )
+        return clients, round
+
+    def _server_stepped(self, round, change):
+        self.run.clients.stepped(round, change)
 
     def _open_run(self) -> None:
         super()._open_run()
         self._roster.save(Path(self.args.output_dir))  # only now is it known that no other run lies there
 
-    @property
-    def _slots(self) -> int:
-        return 1
-
     def _interrupted(self, error: Exception) -> None:
         # Too few updates came: the server is as it was after the last whole round, which may not have been saved yet.
         # Any other error may have come within the server's step, or before the round was in the ledger.
-        if isinstance(error, FederationError) and self._engine is not None and self.rounds_done:
-            self._engine.abandon()
+        if isinstance(error, FederationError) and self.in_run:
             self.control.should_training_stop = True
-            self.state.global_step = self.rounds_done + 1  # as within the next one
             try:
-                self._save_checkpoint(self.model, None)
+                self.save_last_round()
             except OSError:  # what ended the run is what its user must be told
                 logger.exception("The last whole round could not be saved; the checkpoints before it are whole.")
 
+    # ---- The Trainer's one step of a round, in which nodes take theirs ----
+
+    def get_train_dataloader(self):
+        accumulated = range(self.args.gradient_accumulation_steps)
+        return DataLoader(accumulated, collate_fn=_no_rows, generator=torch.Generator())
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return torch.zeros((), device=self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return None
+
     def _clip_grad_norm(self, model):
+        return torch.zeros(())
+
+    def _get_grad_norm(self, model, grad_norm=None):
         return torch.zeros(())
 
     def log(self, logs, start_time=None):
@@ -118,6 +138,11 @@ class FederationTrainer(FederatedSketchTrainer):
             {name: value for name, value in logs.items() if name not in ("loss", "grad_norm", "train_loss")},
             start_time,
         )
+
+
+def _no_rows(_: list[int]) -> dict[str, torch.Tensor]:
+    """A batch without rows."""
+    return {"input_ids": torch.zeros(0, 1, dtype=torch.int64)}
 
 
 def last_folded(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:

@@ -1,16 +1,14 @@
 """The server's state: the global pair, the server optimizer, and their file (safetensors, no pickle)."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
 
 from ..storage.state_file import CheckpointError
 from ..storage.tensor_file import Wanted, as_wide, read_tensors, tensor_shapes
-
-if TYPE_CHECKING:
-    from ..models.folding import FoldedBase
 
 _OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
@@ -23,6 +21,15 @@ _KEPT = {  # names of what an optimizer keeps of a parameter that has stepped
     torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
 }
+
+
+class Base(Protocol):
+    """The base model's weights, where a method changes them."""
+
+    bytes: int  # of all of them
+
+    def fold(self, A: Mapping[str, torch.Tensor], B: Mapping[str, torch.Tensor]) -> float:
+        """Add the products of A `[K, in]` and B `[out, K]`, by module; returns the squared norm of the rounding."""
 
 
 class ServerState:
@@ -45,7 +52,7 @@ class ServerState:
         B: dict[str, torch.Tensor],
         optimizer: str = "sgd",
         learning_rate: float = 1.0,
-        base: "FoldedBase | None" = None,
+        base: Base | None = None,
     ):
         self.A, self.B, self.base = A, B, base
         self._fold_error = 0.0

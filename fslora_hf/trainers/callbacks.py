@@ -2,28 +2,45 @@
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
 
-from transformers import ProgressCallback, Trainer, TrainerCallback
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerControl
 
 from ..rounds.plan import ClientPlan
+from ..rounds.run import FederatedRun
 from ..rounds.watch import RunWatch
 from ..storage.ledger import append_round
 
-if TYPE_CHECKING:
-    from .federated import FederatedTrainer
-
 logger = logging.getLogger(__name__)
+
+
+class RunsRounds(Protocol):
+    """The trainer, as far as the callbacks of its rounds need it; users' have it whole."""
+
+    run: FederatedRun
+    control: TrainerControl
+    ledger_path: Path
+    global_tensors: Iterable[torch.Tensor]
+    run_ends: bool
+
+    def is_world_process_zero(self) -> bool: ...
+    def rotate_checkpoints(self) -> None: ...
+    def check_trained(self, record: dict[str, Any]) -> None: ...
+    def log_round(self, logs: dict[str, float]) -> None: ...
 
 
 class RoundCallback(TrainerCallback):
     """Resamples sketches when clients are handed over, aggregates when a round ends, and keeps the round ledger.
 
     Pass an instance of a subclass in the trainer's `callbacks` and it takes the built-in's place. Overrides of
-    `hand_over` and `aggregate` call `super()`, which does the work. `trainer` is set before training starts.
+    `hand_over` and `aggregate` call `super()`, which does the work. `trainer` is set before training starts; its
+    `run` says which round it is.
     """
 
-    trainer: "FederatedTrainer"
+    trainer: RunsRounds
     watch: RunWatch  # of the present, or the last, call of `train()`
 
     def __init__(self):
@@ -31,30 +48,30 @@ class RoundCallback(TrainerCallback):
 
     def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
         """Give this process its next clients, each a fresh sketch of the global adapter; returns them (none: idle)."""
-        return self.trainer.hand_over(wave)
+        return self.trainer.run.hand_over(wave)
 
     def aggregate(self) -> dict[str, Any]:
         """Fold the round into the global adapter; returns the round's ledger record."""
-        return self.trainer.aggregate()
+        return self.trainer.run.aggregate()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.save_requested = False
-        self._started, self._first_round = time.monotonic(), self.trainer.locate_step(state.global_step)[0]
+        self._started, self._first_round = time.monotonic(), self.trainer.run.locate_step(state.global_step)[0]
 
     def on_step_begin(self, args, state, control, **kwargs):
-        round, wave, local_step = self.trainer.locate_step(state.global_step)
+        round, wave, local_step = self.trainer.run.locate_step(state.global_step)
         if local_step > 0:
             return
         if wave == 0:
-            self.trainer.begin_round(round)
+            self.trainer.run.begin_round(round)
         self.hand_over(wave)
 
     def on_step_end(self, args, state, control, **kwargs):
-        round, wave, local_step = self.trainer.locate_step(state.global_step - 1)
-        if local_step < self.trainer.layout.local_steps - 1:
+        round, wave, local_step = self.trainer.run.locate_step(state.global_step - 1)
+        if local_step < self.trainer.run.layout.local_steps - 1:
             return
-        self.trainer.collect()
-        if wave < self.trainer.layout.waves - 1:
+        self.trainer.run.collect()
+        if wave < self.trainer.run.layout.waves - 1:
             return
         record = self.aggregate()
         record |= self.watch.judge(record, self.trainer.global_tensors)
@@ -82,16 +99,12 @@ class RoundCallback(TrainerCallback):
             "round": done,
             "clients_accepted": len(record["clients"]) - len(record["refused"]),
             "megabytes_up": record["bytes_up"] / 1e6,
-            "minutes_left": round(seconds_a_round * self.trainer.rounds_left / 60, 2),
+            "minutes_left": round(seconds_a_round * self.trainer.run.rounds_left / 60, 2),
         }
         losses = [loss for loss in record["losses"] if loss is not None]
         if losses:
             logs["client_loss"] = sum(losses) / len(losses)
-        # Not SFTTrainer.log, which would empty the token metrics of the logging window in progress; and logging must
-        # not cancel the log that is due at this very step.
-        due = self.trainer.control.should_log
-        Trainer.log(self.trainer, logs)
-        self.trainer.control.should_log = due
+        self.trainer.log_round(logs)
 
     @staticmethod
     def _due(every: int, done: int, last: bool) -> bool:
@@ -101,7 +114,7 @@ class RoundCallback(TrainerCallback):
 class RoundProgressCallback(ProgressCallback):
     """The Trainer's progress bar, counting in rounds and naming the clients at work."""
 
-    trainer: "FederatedTrainer"
+    trainer: RunsRounds
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -110,11 +123,10 @@ class RoundProgressCallback(ProgressCallback):
             self.training_bar.refresh()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        round, wave, local_step = self.trainer.locate_step(state.global_step)
+        round, wave, local_step = self.trainer.run.locate_step(state.global_step)
         if self.training_bar is None or local_step > 0:
             return
-        trained = min(
-            (wave + 1) * self.trainer.layout.block_size * self.trainer.layout.processes, self.trainer.cohort_size
-        )
-        text = f"round {round + 1}/{args.num_rounds}, client {trained}/{self.trainer.cohort_size}"
+        layout = self.trainer.run.layout
+        trained = min((wave + 1) * layout.block_size * layout.processes, layout.clients_per_round)
+        text = f"round {round + 1}/{args.num_rounds}, client {trained}/{layout.clients_per_round}"
         self.training_bar.set_description(text)

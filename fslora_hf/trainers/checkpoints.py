@@ -46,22 +46,33 @@ class KeepsCheckpoints:
         )
 
     def _save_checkpoint(self, model, trial):
-        step = self.rounds_done * self.layout.steps_per_round
-        target = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if self.state.global_step != step and not self.control.should_training_stop:
+        within = self.state.global_step != self.run.steps_done
+        if within and not self.control.should_training_stop:
             logger.warning("A checkpoint was asked for within a round; it is taken at the round's end.")
             self._round_callback.save_requested = True
-            return
-        # Stopped within a round: `default` and the server still hold the last whole round, which may not be saved yet.
-        if self.state.global_step != step and (step == 0 or target.exists()):
-            return
+        elif within:
+            self.save_last_round()
+        else:
+            self._write_checkpoint()
+
+    def save_last_round(self) -> None:
+        """Write a checkpoint of the last whole round, which `default` and the server hold also within the next one,
+        unless there is one."""
+        if self.rounds_done and not self._checkpoint_path.exists():
+            self._write_checkpoint()
+
+    @property
+    def _checkpoint_path(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.run.steps_done}"
+
+    def _write_checkpoint(self) -> None:
         self.store_flos()
         self._best.remember(self.state, self._exportable)
         with told(Path(self.args.output_dir) / "README.md", RESUME):
             self.create_model_card(model_name=Path(self.args.output_dir).name)
         self._publish()  # before the checkpoint: a run that is killed in between does the round again, and pushes it
         if self.args.should_save:
-            with whole_folder(target, self.rounds_done, self.identity, self._marker) as folder:
+            with whole_folder(self._checkpoint_path, self.rounds_done, self.identity, self._marker) as folder:
                 self.snapshot().save(folder)
                 if self._feedback is not None:
                     self._feedback.link_into(folder, self.rounds_done)
@@ -79,9 +90,8 @@ class KeepsCheckpoints:
         if not resumable:
             return used
         # As at the round's end, also where the run is stopped within the next: what the file says must agree.
-        step, rounds = self.rounds_done * self.layout.steps_per_round, float(self.rounds_done)
-        state = replace(self.state, global_step=step, epoch=rounds)
-        return replace(used, server=self._engine.server, state=state)
+        state = replace(self.state, global_step=self.run.steps_done, epoch=float(self.rounds_done))
+        return replace(used, server=self.run.round.state, state=state)
 
     def rotate_checkpoints(self) -> None:
         """Remove the checkpoints that `save_total_limit` does not keep."""
@@ -103,9 +113,9 @@ class KeepsCheckpoints:
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
-        self.rounds_done = read_state(folder, verify=False)["round"]
+        self.run.rounds_done = read_state(folder, verify=False)["round"]
         self.learned.load(folder)
-        self._engine.server.load(folder / SERVER_NAME, self.rounds_done)
+        self.run.round.state.load(folder / SERVER_NAME, self.rounds_done)
         if self._feedback is not None:
             agree(lambda: self._feedback.restore(folder))
 
@@ -115,11 +125,11 @@ class KeepsCheckpoints:
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial):
         super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
         # The checkpoint's round counts, not its step, which another layout of processes and blocks may have written.
-        self.state.global_step = self.rounds_done * self.layout.steps_per_round
+        self.state.global_step = self.run.steps_done
         self.state.epoch = float(self.rounds_done)
         self._best.recall(self.state, self._exportable, self.rounds_done, self.layout.steps_per_round)
         if self.args.upload_budget is not None and self.rounds_done:
-            self._bytes_up = agree(lambda: sum(record["bytes_up"] for record in read_records(self.ledger_path)))
+            self.run.bytes_up = agree(lambda: sum(record["bytes_up"] for record in read_records(self.ledger_path)))
         self._round_callback.watch = agree(
             lambda: RunWatch.over(self.ledger_path, self.rounds_done, self.args.max_lost_rounds)
         )

@@ -8,9 +8,7 @@ transformers 5.23.0 and trl 1.16.0.
 """
 
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer
 
 from ..common import host_memory
 from ..common.processes import agree, gather
@@ -27,7 +25,7 @@ from ..config.refusals import AUTO
 from ..config.schedule import round_schedule
 from ..data.clients import ClientIndex
 from ..data.rows import column_to_numpy
-from ..methods import beside, method_class
+from ..methods import ClientAdapter, Method, PairChange, beside, method_class
 from ..methods.contract import check_received
 from ..models.adapter import global_pair, save_client_adapter, widen_adapter
 from ..models.adapter_checks import check_fold
@@ -35,8 +33,10 @@ from ..models.folding import FoldedBase
 from ..models.quantized import check_as_stored, keep_as_stored
 from ..models.stack import ClientStack
 from ..rounds.layout import Layout
+from ..rounds.local import Clients, LocalClients
 from ..rounds.plan import ClientPlan, RoundPlan, plan_round
-from ..rounds.round import RoundEngine
+from ..rounds.round import Round
+from ..rounds.run import FederatedRun
 from ..rounds.server import ServerState
 from ..storage.checkpoint import FEEDBACK_NAME
 from ..storage.folders import check_writable
@@ -68,9 +68,9 @@ logger = logging.getLogger(__name__)
 class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsClients):
     """A mixin over `transformers.Trainer`: one `train()` runs all rounds, and the Trainer's epoch is the round."""
 
-    _engine_class = RoundEngine
     _bounds: Sequence[UpdatePart] = ()  # on the norms of updates
     _own_parts: Sequence[UpdatePart] = ()  # a user's, of the pipeline of updates
+    _stack: ClientStack | None = None  # of the clients that this process trains, while `train()` is at work
     _resuming = "resume_from_checkpoint={checkpoint}"
 
     # ---- Around the constructor of the class beneath ----
@@ -142,9 +142,7 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         self._best = BestRound()
         self._bind_callbacks()
         self._plan_rounds(ClientIndex.from_column(ids), self.model.peft_config["default"].r)
-        self._engine: RoundEngine | None = None
         self._steps = LocalSteps()
-        self.rounds_done, self._bytes_up = 0, 0
 
     def prepare(self, base: PreTrainedModel) -> None:
         """What a kind of trainer changes in the base model before training."""
@@ -163,7 +161,7 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         args = self.args
         self.client_index = index
         self._schedule = round_schedule(args, args.num_rounds)
-        self._lay_out(1 if args.per_device_train_clients == AUTO else args.per_device_train_clients)
+        block = 1 if args.per_device_train_clients == AUTO else args.per_device_train_clients
         planner = partial(
             plan_round,
             seed=args.seed,
@@ -178,17 +176,18 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
             sketch_scope=args.sketch_scope,
             client_weighting=args.client_weighting,
         )
-        self._plan = lru_cache(maxsize=4)(planner)
+        plan = lru_cache(maxsize=4)(planner)
+        self.run = FederatedRun(plan, self._laid_out(block), args.num_rounds, args.upload_budget)
 
-    def _lay_out(self, block_size: int) -> None:
+    def _laid_out(self, block_size: int) -> Layout:
         args = self.args
-        self.layout = Layout(self.cohort_size, args.local_steps, block_size, args.world_size, args.process_index)
+        return Layout(self.cohort_size, args.local_steps, block_size, args.world_size, args.process_index)
 
     # ---- What users call ----
 
     def round_plan(self, round: int) -> RoundPlan:
         """What happens in a round, counted from 0: the same on any process, before, during and after training."""
-        return self._plan(round)
+        return self.run.plan(round)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """Run all rounds, or those that are left from a checkpoint on.
@@ -212,10 +211,10 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
             agree(self._open_hub)
             checkpoint = agree(lambda: find_start(self.this_run, resume))
             if self.args.per_device_train_clients == AUTO:
-                self._lay_out(agree(lambda: saved_block(checkpoint)) or self._fit_block())
+                self.run.layout = self._laid_out(agree(lambda: saved_block(checkpoint)) or self._fit_block())
             self._open_run()
             with evaluations_at_epochs(self.args):
-                output = super().train(checkpoint, trial, ignore_keys_for_eval)
+                output = self._take_steps(checkpoint, trial, ignore_keys_for_eval)
             ended = True
             self._round_callback.watch.close(self.args.output_dir, self._resuming)
             return output
@@ -229,6 +228,10 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
             if self.publisher is not None:
                 self.publisher.close(wait=ended)
 
+    def _take_steps(self, checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """The Trainer's own loop, in a run that is open."""
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
+
     def save_client_adapter(self, path: str | Path, client: ClientPlan) -> None:
         """Write what `client` would receive of the global adapter as it is now: a plain PEFT adapter of its rank."""
         server = ServerState(*global_pair(self.model))
@@ -241,7 +244,17 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
     @property
     def in_run(self) -> bool:
         """Whether `train()` is at work."""
-        return self._engine is not None
+        return self.run.is_open
+
+    @property
+    def layout(self) -> Layout:
+        """How clients are spread over steps and processes."""
+        return self.run.layout
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds that are over."""
+        return self.run.rounds_done
 
     @property
     def global_tensors(self) -> list[torch.Tensor]:
@@ -254,26 +267,13 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
 
     # ---- What the round callback calls ----
 
-    def locate_step(self, step: int) -> tuple[int, int, int]:
-        """Round, wave of clients within it, and local step within that, of a global step counted from 0."""
-        round, step = divmod(step, self.layout.steps_per_round)
-        return round, *divmod(step, self.layout.local_steps)
-
-    def begin_round(self, round: int) -> None:
-        # Dropout's numbers depend on the round and the process alone, so that a resumed round draws them anew.
-        self._steps.begin_round(self.args.seed, "dropout", round, self.args.process_index)
-        self._engine.begin_round(round)
-        if round + 1 < self.args.num_rounds:
-            self._ahead.submit(self._plan, round + 1)  # while this round trains
-
-    def collect(self) -> None:
-        self._engine.collect()
-
-    def aggregate(self) -> dict[str, Any]:
-        record = self._engine.close_round()
-        self.rounds_done = record["round"] + 1
-        self._bytes_up += record["bytes_up"]
-        return record
+    def log_round(self, logs: dict[str, float]) -> None:
+        """Log what a round came to, beside what the Trainer logs of steps."""
+        # Not TRL's log, which would empty the metrics of the logging window in progress; and logging must not cancel
+        # the log that is due at this very step.
+        due = self.control.should_log
+        Trainer.log(self, logs)
+        self.control.should_log = due
 
     def check_trained(self, record: dict[str, Any]) -> None:
         """End the run if a targeted layer is not trained, once the round's line is in the ledger."""
@@ -283,20 +283,8 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
     def run_ends(self) -> bool:
         """Whether the round that is just over is the run's last: all are done, the budget of uploads is used up,
         nothing has improved for as long as EarlyStoppingCallback waits, or the run is lost."""
-        budget = self.args.upload_budget
-        spent = budget is not None and self._bytes_up >= budget * 1e6
         lost = self._round_callback.watch.run_is_lost
-        stopped = has_stopped(self.state, self.callback_handler.callbacks)
-        return spent or lost or stopped or self.rounds_done == self.args.num_rounds
-
-    @property
-    def rounds_left(self) -> int:
-        """Rounds until the run ends: a guess, from the uploads so far, where a budget may end it before the last."""
-        left, budget = self.args.num_rounds - self.rounds_done, self.args.upload_budget
-        if budget is None or self._bytes_up == 0:
-            return left
-        affordable = math.ceil((budget * 1e6 - self._bytes_up) * self.rounds_done / self._bytes_up)
-        return max(0, min(left, affordable))
+        return self.run.is_over or lost or has_stopped(self.state, self.callback_handler.callbacks)
 
     # ---- The run ----
 
@@ -307,33 +295,55 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
             for tensor in (*A.values(), *B.values()):
                 torch.distributed.broadcast(tensor.data, src=0)
         method = method_class(args.method)()
-        stack = ClientStack(
-            self.model,
-            self._slots,
-            int(self.client_ranks.max()),
-            trains=method.trains,
-            beside_global=method.beside_global,
-        )
-        stack.attach()
-        base = FoldedBase.of(self.model) if method.folds else None
         self._feedback = self._open_feedback() if self.keeps_feedback else None
         self._movement = Movement(A, method.trains, args.local_steps, args.learning_rate)
         self._marker = Marker(self.ledger_path)
-        self._engine = self._engine_class(
-            plan=self._plan,
-            layout=self.layout,
-            method=method,
-            server=ServerState(A, B, args.server_optim, args.resolved_server_learning_rate, base),
-            stack=stack,
-            updates=Pipeline(parts_of(args, method, self._movement, self._feedback, self._bounds, self._own_parts)),
-            sum_over_processes=torch.distributed.all_reduce if args.world_size > 1 else lambda tensor: None,
-            gather=gather_object if args.world_size > 1 else lambda objects: objects,
-        )
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        parts = parts_of(args, method, self._movement, self._feedback, self._bounds, self._own_parts)
+        self.run.open(*self._halves(method, Pipeline(parts)))
         self.optimizer = None  # one of an earlier call would hold parameters that are gone
-        self.rounds_done, self._bytes_up = 0, 0
         if self.publisher is not None:
             self.publisher.start()
+
+    def _halves(self, method: Method, updates: Pipeline) -> tuple[Clients, Round | None]:
+        """The clients' half of a round, and the server's."""
+        round = self._server_half(method, updates)
+        return self._clients_here(method, updates, round.give), round
+
+    def _server_half(self, method: Method, updates: Pipeline) -> Round:
+        args, (A, B) = self.args, global_pair(self.model)
+        base = FoldedBase.of(self.model) if method.folds else None
+        return Round(
+            method=method,
+            state=ServerState(A, B, args.server_optim, args.resolved_server_learning_rate, base),
+            updates=updates,
+            sum_over_processes=torch.distributed.all_reduce if args.world_size > 1 else lambda tensor: None,
+            gather=gather_object if args.world_size > 1 else lambda objects: objects,
+            stepped=self._server_stepped,
+        )
+
+    def _clients_here(
+        self, method: Method, updates: Pipeline, receive: Callable[[ClientPlan], ClientAdapter]
+    ) -> LocalClients:
+        """Clients that train in this process; `receive` says what each begins a round with."""
+        clients, rank = min(self.layout.block_size, self.cohort_size), int(self.client_ranks.max())
+        beside_global = method.beside_global
+        self._stack = ClientStack(self.model, clients, rank, trains=method.trains, beside_global=beside_global)
+        self._stack.attach()
+        return LocalClients(
+            layout=self.layout,
+            stack=self._stack,
+            receive=receive,
+            updates=updates,
+            began=self._round_began,
+            loaded=self._clients_loaded,
+        )
+
+    def _server_stepped(self, round: int, change: PairChange | None) -> None:
+        """Told of each step of the server."""
+
+    def _round_began(self, plan: RoundPlan) -> None:
+        # Dropout's numbers depend on the round and the process alone, so that a resumed round draws them anew.
+        self._steps.begin_round(self.args.seed, "dropout", plan.round, self.args.process_index)
 
     @property
     def keeps_feedback(self) -> bool:
@@ -350,22 +360,17 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
             )
         return feedback
 
-    @property
-    def _slots(self) -> int:
-        """Clients that this process holds at once."""
-        return min(self.layout.block_size, self.cohort_size)
-
     def _interrupted(self, error: Exception) -> None:
         """Called when an error ends `train()`."""
 
     def _close_run(self) -> None:
-        if self._engine is not None:
-            self._engine.stack.detach()
-            self._engine = None
-            self._ahead.shutdown()
+        self.run.close()
+        if self._stack is not None:
+            self._stack.detach()
+            self._stack = None
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        between = self.state.global_step == self.rounds_done * self.layout.steps_per_round
+        between = self.state.global_step == self.run.steps_done
         if between or self.control.should_training_stop:
             self._publish()

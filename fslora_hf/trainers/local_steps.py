@@ -15,7 +15,6 @@ from ..common.draws import seed_from
 from ..common.processes import gather
 from ..models.joined_rows import StepCost
 from ..models.stack import ClientStack
-from ..rounds.plan import ClientPlan
 from .block_size import LargestStep, fit_block
 from .loader import RoundBatches, RoundLoader
 
@@ -93,13 +92,11 @@ class TrainsClients:
         largest = min(gather(fit_block(self.largest_step)))
         return replace(self.layout, block_size=largest).even_block
 
-    def hand_over(self, wave: int) -> tuple[ClientPlan, ...]:
-        """Load this process's clients of a wave and clear the local optimizer's state."""
-        block = self._engine.hand_over(wave)
+    def _clients_loaded(self) -> None:
+        """Give the clients that are in the model now a local optimizer of their own."""
         self.optimizer.state.clear()
         for parameter, state in self._fresh_optimizer_state.items():
             self.optimizer.state[parameter] = {key: _shaped_as(parameter, value) for key, value in state.items()}
-        return block
 
     def get_train_dataloader(self) -> DataLoader:
         # Not prepared by accelerate, which would shard the batches again and synchronize generators.
@@ -107,7 +104,7 @@ class TrainsClients:
         workers = args.dataloader_num_workers
         return RoundLoader(
             self.train_dataset.select_columns(list(self.row_columns)),
-            RoundBatches(self._plan, self.layout, args.per_device_train_batch_size),
+            RoundBatches(self.run.plan, self.layout, args.per_device_train_batch_size),
             self.data_collator,
             self._joining,
             num_workers=workers,
@@ -154,11 +151,11 @@ class TrainsClients:
         self._step_clients, self._step_tokens = int(inputs.pop("clients")), inputs.pop("tokens")
         if self._step_clients == 0:  # an idle slot
             return torch.zeros((), device=self.args.device)
-        with self._steps.take(self._engine.stack, inputs["input_ids"].numel()):
+        with self._steps.take(self._stack, inputs["input_ids"].numel()):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self._own_loss:
-            self._engine.record_loss(loss.reshape(self._step_clients))  # which is one client's
-        return loss.reshape(()) * self._engine.loss_share
+            self.run.clients.record_loss(loss.reshape(self._step_clients))  # which is one client's
+        return loss.reshape(()) * self.run.clients.loss_share
 
     def _get_num_items_in_batch(self, batch_samples, device):
         counts = self.scored([batch for batch in batch_samples if int(batch["clients"])])
@@ -170,21 +167,21 @@ class TrainsClients:
         return type(self).compute_loss is not TrainsClients.compute_loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self._engine is None or not self._engine.stack.is_at_work or not self.model.training:
+        if self._stack is None or not self._stack.is_at_work or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         losses = self.client_losses(model, inputs, self._step_clients, num_items_in_batch)
         if not self._own_loss:
-            self._engine.record_loss(losses)
+            self.run.clients.record_loss(losses)
         if return_outputs:
             with torch.no_grad():
                 outputs = model(**inputs, **self._forward_options)  # with the logits, as the Trainer's
         return (losses.sum(), outputs) if return_outputs else losses.sum()
 
     def _clip_grad_norm(self, model):
-        return self._engine.stack.clip_gradients(self.args.max_grad_norm).mean()
+        return self._stack.clip_gradients(self.args.max_grad_norm).mean()
 
     def _get_grad_norm(self, model, grad_norm=None):
-        return self._engine.stack.clip_gradients(0.0).mean() if grad_norm is None else grad_norm
+        return self._stack.clip_gradients(0.0).mean() if grad_norm is None else grad_norm
 
 
 def _shaped_as(parameter: torch.Tensor, fresh: Any) -> Any:

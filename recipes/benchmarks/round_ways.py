@@ -45,12 +45,12 @@ class TimedRounds(RoundCallback):
         self.clock = clock
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.trainer.locate_step(state.global_step)[2] == 0:
+        if self.trainer.run.locate_step(state.global_step)[2] == 0:
             with self.clock.part("hand_over"):
                 super().on_step_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
-        _, wave, local_step = self.trainer.locate_step(state.global_step - 1)
+        _, wave, local_step = self.trainer.run.locate_step(state.global_step - 1)
         if local_step < args.local_steps - 1:
             return
         with self.clock.part("aggregation"):

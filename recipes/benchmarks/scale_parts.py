@@ -102,7 +102,7 @@ def _seconds(planner: Callable[[int], RoundPlan], round: int) -> float:
 
 
 def hand_over(options, clients: int, cohort: int, low: int, high: int) -> dict[str, float]:
-    """A round of the engine without its local steps: clients into the stack, their changes out, the server's step."""
+    """A round without its local steps: clients into the stack, their changes out, the server's step."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -111,7 +111,9 @@ def hand_over(options, clients: int, cohort: int, low: int, high: int) -> dict[s
     from fslora_hf.models.adapter import global_pair
     from fslora_hf.models.stack import ClientStack
     from fslora_hf.rounds.layout import Layout
-    from fslora_hf.rounds.round import RoundEngine
+    from fslora_hf.rounds.local import LocalClients
+    from fslora_hf.rounds.round import Round
+    from fslora_hf.rounds.run import FederatedRun
     from fslora_hf.rounds.server import ServerState
     from fslora_hf.updates.bounds import CheckFinite
     from fslora_hf.updates.pipeline import Pipeline
@@ -123,31 +125,34 @@ def hand_over(options, clients: int, cohort: int, low: int, high: int) -> dict[s
     model = get_peft_model(layer, LoraConfig(r=options.rank, target_modules=[*shapes], init_lora_weights=False))
     index = ClientIndex.from_column(make_column(options, clients))
     ranks = client_ranks(clients, law="uniform", min_rank=low, max_rank=high, seed=0)
-    stack, server = ClientStack(model, options.block, high), ServerState(*global_pair(model))
+    stack, state = ClientStack(model, options.block, high), ServerState(*global_pair(model))
     stack.attach()
 
     def run(size: int, timer: Timer) -> None:
         layout = Layout(size, local_steps=1, block_size=options.block)
         plan = lru_cache(make_planner(options, index, ranks, size))
         plan(0)
-        engine = RoundEngine(plan=plan, layout=layout, method=METHODS["fslora"](), server=server, stack=stack,
-                             updates=Pipeline([CheckFinite()]))  # fmt: skip
+        updates = Pipeline([CheckFinite()])
+        half = Round(method=METHODS["fslora"](), state=state, updates=updates)
+        federated = FederatedRun(plan, layout, num_rounds=1)
+        federated.open(LocalClients(layout=layout, stack=stack, receive=half.give, updates=updates), half)
         with timer.memory("round"):
-            engine.begin_round(0)
+            federated.begin_round(0)
             for wave in range(layout.waves):
                 with timer.time("hand_over"):
-                    engine.hand_over(wave)
+                    federated.hand_over(wave)
                 for tensor in stack.parameters():  # in place of local steps
                     tensor.data.add_(1e-3)
                 with timer.time("fold"):
-                    engine.collect()
+                    federated.collect()
             with timer.time("close"):
-                engine.close_round()
+                federated.aggregate()
+        federated.close()
 
     run(1, Timer())  # whatever the first call of a function sets up
     timer = Timer()
     run(cohort, timer)
-    adapter = sum(tensor.numel() * tensor.element_size() for side in (server.A, server.B) for tensor in side.values())
+    adapter = sum(tensor.numel() * tensor.element_size() for side in (state.A, state.B) for tensor in side.values())
     return timer.readings() | {"adapter_bytes": adapter}
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fslora_hf.methods import ClientAdapter, FedIT, FLoRA, FSLoRA, HetLoRA, Method, MethodError
-from fslora_hf.rounds.round import RoundEngine
-from tests.rounds.test_engine import make_engine
+from fslora_hf.rounds.run import FederatedRun
+from tests.rounds.test_round import make_run
 from tests.support import reference
 
 
@@ -28,20 +28,20 @@ def changed(method: type[Method], **functions) -> type[Method]:
     return own
 
 
-def one_round(engine: RoundEngine) -> dict:
-    engine.begin_round(0)
-    for wave in range(engine.layout.waves):
-        engine.hand_over(wave)
-        engine.collect()
-    return engine.close_round()
+def one_round(run: FederatedRun) -> dict:
+    run.begin_round(0)
+    for wave in range(run.layout.waves):
+        run.hand_over(wave)
+        run.collect()
+    return run.aggregate()
 
 
 def error_of(method: type[Method]) -> str:
-    engine = make_engine(method=method)
-    before = {m: (engine.server.A[m].clone(), engine.server.B[m].clone()) for m in engine.server.A}
+    run = make_run(method=method)
+    before = {m: (run.round.state.A[m].clone(), run.round.state.B[m].clone()) for m in run.round.state.A}
     with pytest.raises(MethodError) as caught:
-        one_round(engine)
-    after = {m: (engine.server.A[m], engine.server.B[m]) for m in engine.server.A}
+        one_round(run)
+    after = {m: (run.round.state.A[m], run.round.state.B[m]) for m in run.round.state.A}
     assert reference.max_difference(before, after) == 0  # refused before the server's step
     assert re.fullmatch(r"Expected mine:Own\..*, found .*: .*\.", str(caught.value)), str(caught.value)
     return str(caught.value)
@@ -228,7 +228,7 @@ def test_accumulators_and_weights():
 
 def test_finite_values_may_overflow_in_a_sum():
     large = changed(FSLoRA, receive=with_A(lambda t, state: t.fill_(1e308)))
-    assert len(one_round(make_engine(method=large))["clients"]) == 5
+    assert len(one_round(make_run(method=large))["clients"]) == 5
 
 
 def test_numpys_numbers_are_numbers():
@@ -237,23 +237,23 @@ def test_numpys_numbers_are_numbers():
         receive=lambda a, *_: ClientAdapter(a.A, a.B, np.float32(a.scale)),
         weigh=lambda weight, update: np.float32(weight),
     )
-    engine = make_engine(method=scaled)
-    json.dumps(one_round(engine))
-    engine.begin_round(1)
-    engine.hand_over(0)
-    assert {type(engine.stack.received(slot).scale) for slot in range(5)} == {float}
+    run = make_run(method=scaled)
+    json.dumps(one_round(run))
+    run.begin_round(1)
+    run.hand_over(0)
+    assert {type(run.clients.stack.received(slot).scale) for slot in range(5)} == {float}
 
 
 def test_a_global_adapter_that_is_not_finite_is_not_the_methods_doing():
-    engine = make_engine()
-    engine.server.A[DOWN].data[0, 0] = math.inf
-    assert one_round(engine)["round"] == 0
+    run = make_run()
+    run.round.state.A[DOWN].data[0, 0] = math.inf
+    assert one_round(run)["round"] == 0
 
 
 def test_an_assignment_reaches_the_sum_of_processes():
     """As `+=` does: a tensor put beside the flat buffer would be left out of it."""
-    engine = make_engine()
-    accumulator = engine.method.accumulator(engine.server, engine.plan(0).clients)
+    run = make_run()
+    accumulator = run.round.method.accumulator(run.round.state, run.plan(0).clients)
     accumulator["weight"] = accumulator["weight"] + 2.0
     accumulator["weight"] += 1.0
     assert accumulator["weight"].item() == 3.0 and accumulator.flat.sum().item() == 3.0
@@ -266,4 +266,4 @@ def test_fedit_is_a_method_of_ones_own_too():
     short = changed(FedIT, receive=with_A(lambda t, state: t[:2]))
     short.full_rank_only = False
     with pytest.raises(MethodError, match="client 0 A of model.layers.0.self_attn.q_proj of shape"):
-        one_round(make_engine(method=short))  # it gives the whole pair to a client of rank 1
+        one_round(make_run(method=short))  # it gives the whole pair to a client of rank 1

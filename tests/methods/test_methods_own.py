@@ -11,7 +11,7 @@ from fslora_hf.common.settings import SettingsError
 from fslora_hf.config.federation import FederatedSketchConfig
 from fslora_hf.config.recipe import ModelArguments, RecipeArguments, parse_recipe
 from fslora_hf.methods import METHODS, FSLoRA, MethodError, method_class
-from tests.rounds.test_engine import make_engine, train
+from tests.rounds.test_round import make_run, train
 from tests.support import reference
 from tests.support.worker_train import QUIET, build, ledger
 
@@ -268,14 +268,14 @@ def test_the_readmes_method_averages_over_holders(folder):
         trainer.train()
         ends.append(reference.read_adapter(trainer.model))
     assert reference.max_difference(*ends) < 1e-12
-    engine = make_engine(method=method_class("my_methods:MeanOfHolders"))
-    before = {name: A.clone() for name, A in engine.server.A.items()}
-    engine.begin_round(0)
-    clients = engine.hand_over(0)
-    train(engine)  # client c adds c + 1
-    engine.collect()
-    engine.close_round()
-    for name, A in engine.server.A.items():
+    run = make_run(method=method_class("my_methods:MeanOfHolders"))
+    before = {name: A.clone() for name, A in run.round.state.A.items()}
+    run.begin_round(0)
+    clients = run.hand_over(0)
+    train(run)  # client c adds c + 1
+    run.collect()
+    run.aggregate()
+    for name, A in run.round.state.A.items():
         for row in range(6):
             held = [(client.weight, client.client_id + 1) for client in clients if client.rank > row]
             mean = sum(weight * change for weight, change in held) / sum(weight for weight, _ in held)

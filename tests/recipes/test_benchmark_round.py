@@ -17,6 +17,7 @@ from step_rows import real_rows
 
 from fslora_hf import FederatedSketchTrainer
 from fslora_hf.models.scored_head import add_scored_head
+from fslora_hf.rounds.run import FederatedRun
 from tests.support import reference, tiny
 
 pytest_plugins = ("tests.support.forked",)
@@ -93,13 +94,14 @@ def test_the_parts_of_a_round_are_what_the_trainer_spends_in_them(setup, monkeyp
     now = [0.0]
 
     def takes(seconds: float, name: str) -> None:
-        original = getattr(FederatedSketchTrainer, name)
+        owner = FederatedSketchTrainer if name == "training_step" else FederatedRun
+        original = getattr(owner, name)
 
         def slow(self, *args, **kwargs):
             now[0] += seconds
             return original(self, *args, **kwargs)
 
-        monkeypatch.setattr(FederatedSketchTrainer, name, slow)
+        monkeypatch.setattr(owner, name, slow)
 
     monkeypatch.setattr(round_setup, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     for power, name in enumerate(("begin_round", "hand_over", "training_step", "collect", "aggregate")):

@@ -148,7 +148,7 @@ def attempt(case: Case, name: str, how: str, *, begins_again: bool) -> str:
     trainer.state.global_step = 0
     try:
         if begins_again:
-            trainer.rounds_done = 0
+            trainer.run.rounds_done = 0
             assert find_start(trainer.this_run, True) is None
             return "right"
         case.go_on(trainer)

@@ -165,9 +165,9 @@ def test_evaluation_sees_the_global_adapter_while_a_client_is_in_the_model(tmp_p
     seen = []
 
     def evaluate(control):
-        before = trainer._engine.stack.clients
+        before = trainer._stack.clients
         seen.append((trainer.evaluate()["eval_loss"], loss_now()))
-        assert before == trainer._engine.stack.clients == 1
+        assert before == trainer._stack.clients == 1
 
     def loss_now():
         model = tiny_global(trainer)
@@ -309,17 +309,17 @@ def test_the_next_round_is_planned_while_this_one_trains(tmp_path):
 
     class Waiting(RoundCallback):
         def aggregate(self):
-            self.trainer._ahead.submit(int).result(30)  # behind the plan, in the same thread
+            self.trainer.run._ahead.submit(int).result(30)  # behind the plan, in the same thread
             return super().aggregate()
 
     trainer = make(tmp_path, callbacks=[Waiting], num_rounds=3)
-    plan = trainer._plan.__wrapped__
+    plan = trainer.run.plan.__wrapped__
 
     def watched(round):
         planned.append((round, threading.current_thread().name.split("_")[0]))
         return plan(round)
 
-    trainer._plan = functools.lru_cache(4)(watched)
+    trainer.run.plan = functools.lru_cache(4)(watched)
     trainer.train()
     assert planned == [(0, "MainThread"), (1, "plan"), (2, "plan")]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("plan")]

@@ -404,7 +404,7 @@ def test_a_run_ends_when_its_uploads_reach_the_budget(tmp_path, rounds_worth, ex
     class Watch(TrainerCallback):
         def on_log(self, args, state, control, logs, **kwargs):
             if "minutes_left" in logs:
-                told.append(trainer.rounds_left)
+                told.append(trainer.run.rounds_left)
 
     trainer.add_callback(Watch())
     trainer.train()

@@ -16,7 +16,7 @@ from fslora_hf.updates.movement import Movement
 from fslora_hf.updates.part import RefusedUpdate, UpdatePart
 from fslora_hf.updates.pipeline import Pipeline, parts_of
 from fslora_hf.updates.top_k import TopK
-from tests.rounds.test_engine import Halve, make_engine, plan, run_round
+from tests.rounds.test_round import Halve, make_run, plan, run_round
 from tests.support import reference
 from tests.support.worker_train import build, ledger
 
@@ -77,7 +77,7 @@ class Recorded(UpdatePart):
 
 def test_places_run_in_order_and_settling_knows_who_was_refused():
     calls = []
-    record = run_round(make_engine(1, parts=[Recorded("one", calls), Recorded("two", calls)]), round=3)
+    record = run_round(make_run(1, parts=[Recorded("one", calls), Recorded("two", calls)]), round=3)
     expected = []
     for client in sorted(plan(3).clients, key=lambda client: client.rank):
         number = client.client_id
@@ -92,7 +92,7 @@ def test_places_run_in_order_and_settling_knows_who_was_refused():
 
 def reference_numbers() -> int:
     """Numbers of one row of A and one column of B of every module."""
-    return sum(A.shape[1] + B.shape[0] for A, B in reference.read_adapter(make_engine().model).values())
+    return sum(A.shape[1] + B.shape[0] for A, B in reference.read_adapter(make_run().model).values())
 
 
 def test_parts_come_in_the_documented_order():
@@ -140,13 +140,13 @@ def test_a_round_with_all_parts_equals_its_replay(tmp_path):
     """Top-k with error feedback over three rounds, a clip that bites, noise on the sum, an update refused."""
     feedback = ErrorFeedback(tmp_path / "waiting")
     parts = [Trained(), TopK(0.25, METHODS["fslora"](), feedback), CheckFinite(), Clip(CLIP), Noise()]
-    engine = make_engine(2, parts=parts)
-    expected = {name: (A.clone(), B.clone()) for name, (A, B) in reference.read_adapter(engine.model).items()}
+    run = make_run(2, parts=parts)
+    expected = {name: (A.clone(), B.clone()) for name, (A, B) in reference.read_adapter(run.model).items()}
     waiting = {client.client_id: {} for client in plan(0).clients}
     for round in range(3):
-        record = run_round(engine, round)
+        record = run_round(run, round)
         expected = replay(expected, waiting, round, refused={30} if round == 1 else set())
-        assert reference.max_difference(reference.read_adapter(engine.model), expected) < 1e-12
+        assert reference.max_difference(reference.read_adapter(run.model), expected) < 1e-12
         assert [one["client_id"] for one in record["refused"]] == ([30] if round == 1 else [])
         norms = [norm for norm in record["update_norms"] if norm is not None]
         assert max(norms) == pytest.approx(CLIP) and min(norms) < CLIP - 1

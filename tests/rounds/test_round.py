@@ -13,8 +13,10 @@ from fslora_hf.methods import METHODS, FSLoRA
 from fslora_hf.models.adapter import global_pair, lora_layers
 from fslora_hf.models.stack import ClientStack
 from fslora_hf.rounds.layout import Layout
+from fslora_hf.rounds.local import LocalClients
 from fslora_hf.rounds.plan import plan_round
-from fslora_hf.rounds.round import RoundEngine
+from fslora_hf.rounds.round import Round
+from fslora_hf.rounds.run import FederatedRun
 from fslora_hf.rounds.server import ServerState
 from fslora_hf.updates.bounds import CheckFinite
 from fslora_hf.updates.part import RefusedUpdate, UpdatePart
@@ -41,39 +43,40 @@ def plan(round: int):
     )
 
 
-def make_engine(block_size=5, processes=1, process=0, method=FSLoRA, parts=(), **options) -> RoundEngine:
+def make_run(block_size=5, processes=1, process=0, method=FSLoRA, parts=(), **options) -> FederatedRun:
+    """A run whose two halves are of this process; its `model` is what clients train in."""
     model = get_peft_model(tiny.base_model(), tiny.lora_config(R, zero_b=False))
     with torch.no_grad():  # the same global adapter wherever and whenever it is made
         for n, tensor in enumerate(t for side in global_pair(model) for t in side.values()):
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(n), dtype=tensor.dtype))
     stack = ClientStack(model, block_size, max(RANKS))
     stack.attach()
-    layout = Layout(5, LOCAL_STEPS, block_size, processes, process)
-    server = ServerState(*global_pair(model))
-    engine = RoundEngine(plan=plan, layout=layout, method=method(), server=server, stack=stack,
-                         updates=Pipeline(parts), **options)  # fmt: skip
-    engine.model = model
-    return engine
+    layout, updates = Layout(5, LOCAL_STEPS, block_size, processes, process), Pipeline(parts)
+    round = Round(method=method(), state=ServerState(*global_pair(model)), updates=updates, **options)
+    run = FederatedRun(plan, layout, num_rounds=9)
+    run.open(LocalClients(layout=layout, stack=stack, receive=round.give, updates=updates), round)
+    run.model = model
+    return run
 
 
-def train(engine: RoundEngine, steps=None) -> None:
+def train(run: FederatedRun, steps=None) -> None:
     """Stands for local training: client c adds c + 1 to what it holds, and has the loss c + local step."""
-    for slot, client in enumerate(engine._block):
+    for slot, client in enumerate(run.clients.block):
         with torch.no_grad():
-            for layer in lora_layers(engine.model).values():
+            for layer in lora_layers(run.model).values():
                 layer.client_A[slot, : client.rank] += client.client_id + 1
                 layer.client_B[slot, :, : client.rank] += client.client_id + 1
     for step in range(LOCAL_STEPS):
-        engine.record_loss(torch.tensor([float(client.client_id + step) for client in engine._block]))
+        run.clients.record_loss(torch.tensor([float(client.client_id + step) for client in run.clients.block]))
 
 
-def run_round(engine: RoundEngine, round: int = 0) -> dict:
-    engine.begin_round(round)
-    for wave in range(engine.layout.waves):
-        engine.hand_over(wave)
-        train(engine)
-        engine.collect()
-    return engine.close_round()
+def run_round(run: FederatedRun, round: int = 0) -> dict:
+    run.begin_round(round)
+    for wave in range(run.layout.waves):
+        run.hand_over(wave)
+        train(run)
+        run.collect()
+    return run.aggregate()
 
 
 def expected_pair(start: reference.Adapter, refused=(), round: int = 0) -> reference.Adapter:
@@ -93,10 +96,10 @@ def expected_pair(start: reference.Adapter, refused=(), round: int = 0) -> refer
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 5])
 def test_a_round_folds_the_weighted_mean_whatever_the_blocks(block_size):
-    engine = make_engine(block_size)
-    start = reference.read_adapter(engine.model)
-    record = run_round(engine)
-    assert reference.max_difference(reference.read_adapter(engine.model), expected_pair(start)) < 1e-12
+    run = make_run(block_size)
+    start = reference.read_adapter(run.model)
+    record = run_round(run)
+    assert reference.max_difference(reference.read_adapter(run.model), expected_pair(start)) < 1e-12
     bytes_per_rank = 8 * sum(A.shape[1] + B.shape[0] for A, B in start.values())
     assert record["clients"] == IDS and record["ranks"] == RANKS and record["refused"] == []
     assert record["weights"] == pytest.approx([n / 15 for n in SIZES])
@@ -120,10 +123,10 @@ class Refuse(UpdatePart):
 
 
 def test_refused_updates_leave_the_others_shares_in_proportion():
-    engine = make_engine(2, parts=[CheckFinite(), Refuse(2 / 15, 4 / 15)])
-    start = reference.read_adapter(engine.model)
-    record = run_round(engine)
-    assert reference.max_difference(reference.read_adapter(engine.model), expected_pair(start, (10, 30))) < 1e-12
+    run = make_run(2, parts=[CheckFinite(), Refuse(2 / 15, 4 / 15)])
+    start = reference.read_adapter(run.model)
+    record = run_round(run)
+    assert reference.max_difference(reference.read_adapter(run.model), expected_pair(start, (10, 30))) < 1e-12
     assert record["weights"] == pytest.approx([1 / 9, 0, 3 / 9, 0, 5 / 9])
     assert record["refused"] == [
         {"client_id": 10, "reason": "weight 0.133 is not wanted"},
@@ -134,9 +137,9 @@ def test_refused_updates_leave_the_others_shares_in_proportion():
 
 def test_the_ledger_holds_the_weights_that_the_method_gave():
     """hetlora's are in proportion to the norms of the products; a refused client has none."""
-    engine = make_engine(2, method=METHODS["hetlora"], parts=[CheckFinite(), Refuse(4 / 15)])
-    start = reference.read_adapter(engine.model)
-    record = run_round(engine)
+    run = make_run(2, method=METHODS["hetlora"], parts=[CheckFinite(), Refuse(4 / 15)])
+    start = reference.read_adapter(run.model)
+    record = run_round(run)
     parts = []
     for client in plan(0).clients:
         k, step = client.rank, client.client_id + 1
@@ -155,65 +158,65 @@ class Halve(UpdatePart):
 
 
 def test_a_part_may_change_an_update():
-    engine = make_engine(parts=[Halve()])
-    start = reference.read_adapter(engine.model)
-    run_round(engine)
+    run = make_run(parts=[Halve()])
+    start = reference.read_adapter(run.model)
+    run_round(run)
     whole = expected_pair(start)
     half = {n: tuple((old + new) / 2 for old, new in zip(start[n], whole[n], strict=True)) for n in start}
-    assert reference.max_difference(reference.read_adapter(engine.model), half) < 1e-12
+    assert reference.max_difference(reference.read_adapter(run.model), half) < 1e-12
 
 
 def test_a_round_without_a_usable_update_changes_nothing():
-    engine = make_engine(2, parts=[Refuse(*(n / 15 for n in SIZES))])
-    start = reference.read_adapter(engine.model)
-    record = run_round(engine)
-    assert reference.max_difference(reference.read_adapter(engine.model), start) == 0
+    run = make_run(2, parts=[Refuse(*(n / 15 for n in SIZES))])
+    start = reference.read_adapter(run.model)
+    record = run_round(run)
+    assert reference.max_difference(reference.read_adapter(run.model), start) == 0
     assert record["weights"] == [0.0] * 5 and len(record["refused"]) == 5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_update_that_is_not_finite_is_left_out(value):
-    engine = make_engine(5, parts=[CheckFinite()])
-    start = reference.read_adapter(engine.model)
-    engine.begin_round(0)
-    engine.hand_over(0)
-    train(engine)
-    slot = [client.client_id for client in engine._block].index(20)
+    run = make_run(5, parts=[CheckFinite()])
+    start = reference.read_adapter(run.model)
+    run.begin_round(0)
+    run.hand_over(0)
+    train(run)
+    slot = [client.client_id for client in run.clients.block].index(20)
     with torch.no_grad():
-        list(lora_layers(engine.model).values())[-1].client_B[slot, 0, 0] = value
-    engine.record_loss(torch.tensor([value if i == slot else 0.0 for i in range(5)]))
-    engine.collect()
-    record = engine.close_round()
-    assert reference.max_difference(reference.read_adapter(engine.model), expected_pair(start, (20,))) < 1e-12
+        list(lora_layers(run.model).values())[-1].client_B[slot, 0, 0] = value
+    run.clients.record_loss(torch.tensor([value if i == slot else 0.0 for i in range(5)]))
+    run.collect()
+    record = run.aggregate()
+    assert reference.max_difference(reference.read_adapter(run.model), expected_pair(start, (20,))) < 1e-12
     assert record["refused"] == [{"client_id": 20, "reason": "the update is not finite"}]
     assert record["losses"][2] is None and record["update_norms"][2] is None and record["weights"][2] == 0.0
 
 
 def test_rounds_do_not_leak_into_each_other():
     """Every round starts with an empty fold, no losses and the global adapter that the last one left."""
-    engine = make_engine(2, parts=[CheckFinite()])
+    run = make_run(2, parts=[CheckFinite()])
     for t in range(3):
-        start = reference.read_adapter(engine.model)
-        record = run_round(engine, t)
+        start = reference.read_adapter(run.model)
+        record = run_round(run, t)
         end = expected_pair(start, round=t)
-        assert reference.max_difference(reference.read_adapter(engine.model), end) < 1e-11
+        assert reference.max_difference(reference.read_adapter(run.model), end) < 1e-11
         assert record["round"] == t and record["losses"] == [c + 0.5 for c in IDS] and len(record["clients"]) == 5
 
 
 def test_the_global_adapter_is_active_between_blocks():
-    engine = make_engine(2)
+    run = make_run(2)
     ids = torch.tensor([[3, 4, 5]])
-    expected = engine.model(input_ids=ids).logits
-    engine.begin_round(0)
-    engine.hand_over(0)
-    with engine.stack.at_work(2 * ids.numel()):
-        assert not torch.allclose(engine.model(input_ids=ids.repeat(2, 1)).logits[:1], expected)
-    train(engine)
-    engine.collect()
-    assert torch.equal(engine.model(input_ids=ids).logits, expected)  # folded only when the round closes
-    engine.hand_over(1)
-    engine.abandon()
-    assert torch.equal(engine.model(input_ids=ids).logits, expected) and engine.stack.clients == 0
+    expected = run.model(input_ids=ids).logits
+    run.begin_round(0)
+    run.hand_over(0)
+    with run.clients.stack.at_work(2 * ids.numel()):
+        assert not torch.allclose(run.model(input_ids=ids.repeat(2, 1)).logits[:1], expected)
+    train(run)
+    run.collect()
+    assert torch.equal(run.model(input_ids=ids).logits, expected)  # folded only when the round closes
+    run.hand_over(1)
+    run.clients.abandon()
+    assert torch.equal(run.model(input_ids=ids).logits, expected) and run.clients.stack.clients == 0
 
 
 class Threads:
@@ -243,22 +246,22 @@ class Threads:
 def test_two_processes_equal_one(block_size, idle, method):
     """Five clients in blocks of two on two processes: a ragged block, then an idle slot."""
     threads, method = Threads(), METHODS[method]
-    alone = make_engine(5, method=method)
-    engines = [make_engine(block_size, 2, process, method, **threads.options(process)) for process in (0, 1)]
-    assert engines[0].layout.waves == engines[1].layout.waves
-    blocks = [engine.layout.block(plan(0), wave) for engine in engines for wave in range(engine.layout.waves)]
+    alone = make_run(5, method=method)
+    runs = [make_run(block_size, 2, process, method, **threads.options(process)) for process in (0, 1)]
+    assert runs[0].layout.waves == runs[1].layout.waves
+    blocks = [run.layout.block(plan(0), wave) for run in runs for wave in range(run.layout.waves)]
     assert sorted(c.client_id for block in blocks for c in block) == IDS and sum(not b for b in blocks) == idle
     expected = run_round(alone)
     records = [None, None]
     workers = [
-        threading.Thread(target=lambda i=i: records.__setitem__(i, run_round(engines[i])), daemon=True) for i in (0, 1)
+        threading.Thread(target=lambda i=i: records.__setitem__(i, run_round(runs[i])), daemon=True) for i in (0, 1)
     ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
-    for engine, record in zip(engines, records, strict=True):
-        end = reference.read_adapter(engine.model)
+    for run, record in zip(runs, records, strict=True):
+        end = reference.read_adapter(run.model)
         assert reference.max_difference(end, reference.read_adapter(alone.model)) < 1e-11
         rounded = {"update_norms", "truncation_error"} & expected.keys()
         for key in expected.keys() - {"seconds"} - rounded:
@@ -269,10 +272,12 @@ def test_two_processes_equal_one(block_size, idle, method):
 
 def test_loss_shares_make_the_mean_over_the_clients_of_a_wave():
     """The trainer averages what processes report: 5 clients in blocks of 2 on 2 processes are 4, then 1 and idle."""
-    engines = [make_engine(2, 2, process) for process in (0, 1)]
+    runs = [make_run(2, 2, process) for process in (0, 1)]
+    for run in runs:
+        run.begin_round(0)
     for wave, clients in ((0, 4), (1, 1)):
-        for engine in engines:
-            engine.hand_over(wave)
-        summed = [sum(float(c.client_id) for c in engine._block) * engine.loss_share for engine in engines]
-        present = [c.client_id for engine in engines for c in engine._block]
+        for run in runs:
+            run.hand_over(wave)
+        summed = [sum(float(c.client_id) for c in run.clients.block) * run.clients.loss_share for run in runs]
+        present = [c.client_id for run in runs for c in run.clients.block]
         assert len(present) == clients and sum(summed) / 2 == pytest.approx(np.mean(present))
