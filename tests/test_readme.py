@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fslora_hf import FederatedSketchConfig
 from fslora_hf.config.recipe import RecipeArguments
 from fslora_hf.data.miniature import miniature_rows
+from fslora_hf.reports.ledger import read_ledger
 from tests.evaluation.test_loglikelihood import fitted, tokenizer
 from tests.support import tiny
 
@@ -55,7 +56,7 @@ def test_python_blocks_run_in_order(model, tmp_path, monkeypatch, capsys):
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     namespace = {"__name__": "readme"}
     code = [block.replace("MODEL", model) for block in blocks("python")]
-    assert len(code) == 5
+    assert len(code) == 6
     for block in code:
         exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102
     assert "[" in capsys.readouterr().out  # the sketch that was printed
@@ -66,9 +67,16 @@ def test_python_blocks_run_in_order(model, tmp_path, monkeypatch, capsys):
     )
     peft_config, base = trainer.model.peft_config["default"], AutoModelForCausalLM.from_pretrained(model)
     narrated = type(trainer)(
-        model=base, args=args, train_dataset=namespace["rows"], peft_config=peft_config, callbacks=[narrator]
+        model=base,
+        args=args,
+        train_dataset=namespace["rows"],
+        peft_config=peft_config,
+        callbacks=[narrator],
+        update_transforms=[namespace["Clip"](1e-5)],
     )
     narrated.train()
+    (record,) = read_ledger(narrated.ledger_path)
+    assert record["update_norms"] == pytest.approx([1e-5] * 2)
     printed = capsys.readouterr().out
     assert "now training" in printed and "bytes came back" in printed
 
