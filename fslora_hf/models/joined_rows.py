@@ -53,7 +53,7 @@ def join_rows(batch: dict[str, torch.Tensor], clients: int, cost: StepCost) -> d
         `attention_mask`. What follows the last row of a sequence is a row of the batch's padding, without labels. The
         first token of a row has no label, since what is before it does not predict it.
     """
-    if set(batch) != JOINABLE or not len(batch["labels"]):
+    if set(batch) != JOINABLE:
         return batch
     real = batch["attention_mask"].bool()
     lengths = real.sum(1).tolist()

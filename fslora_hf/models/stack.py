@@ -117,12 +117,12 @@ class ClientStack:
     def load(self, adapters: Sequence[ClientAdapter]) -> None:
         """Refill the stack with the clients of a block, for the model to compute with at work.
 
-        The parameters stay the same objects, in the same memory, and take the block's shape; without clients (an idle
-        block) they keep what they hold. Whoever keeps a loss of the block before, with its graph, may: it is of no use
-        for a backward pass any more, and does not stand in the way of one.
+        The parameters stay the same objects, in the same memory, and take the block's shape. Whoever keeps a loss of
+        the block before, with its graph, may: it is of no use for a backward pass any more, and does not stand in the
+        way of one.
         """
         self._received = tuple(adapters)
-        for name, layer in self._layers.items() if adapters else ():
+        for name, layer in self._layers.items():
             for stacked, room, tensors in (
                 (layer.client_A, self._rooms[name][0], [adapter.A[name] for adapter in adapters]),
                 (layer.client_B, self._rooms[name][1], [adapter.B[name] for adapter in adapters]),
@@ -138,7 +138,7 @@ class ClientStack:
         scales = [adapter.scale for adapter in adapters]
         self._variant.scale = torch.tensor(scales, dtype=some.dtype, device=some.device).view(-1, 1, 1)
         self._variant.beside_global = self._beside_global and self._has_product()
-        self._activate(bool(adapters))
+        self._activate(True)
 
     def unload(self) -> None:
         """Make the model compute with the global adapter again."""
@@ -200,8 +200,6 @@ class ClientStack:
         Returns each client's norm before clipping, `[clients]`.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if not gradients:
-            return torch.zeros(self.clients)
         per_tensor = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
         norms = torch.linalg.vector_norm(per_tensor, dim=0)
         if max_norm > 0:

@@ -25,7 +25,7 @@ class Layout:
 
     @property
     def waves(self) -> int:
-        """Blocks that each process trains one after the other; the last may be idle on some processes."""
+        """Blocks that each process trains one after the other; some may have none of their own in the last wave."""
         return -(-self.clients_per_round // (self.block_size * self.processes))
 
     @property
@@ -38,11 +38,22 @@ class Layout:
         return self.waves * self.local_steps
 
     def block(self, plan: RoundPlan, wave: int) -> tuple[ClientPlan, ...]:
-        """The clients this process trains in `wave`, none if it idles.
+        """The clients this process trains in `wave`, none if there are no more."""
+        return self._block(plan, wave * self.processes + self.process)
 
-        Clients of similar rank share a block, since a block's products are as wide as its largest rank.
+    def seated(self, plan: RoundPlan, wave: int) -> tuple[ClientPlan, ...]:
+        """The clients in this process's slots in `wave`: its block or, where it has none, one that it borrows.
+
+        What comes of a borrowed block counts for nothing. It is trained so that all processes make the same calls in
+        every step, in which those that share a base would wait for each other. Lent is the cohort's last block: it
+        trains in this very wave, and no block has fewer clients.
         """
-        start = (wave * self.processes + self.process) * self.block_size
+        last = (self.clients_per_round - 1) // self.block_size
+        return self._block(plan, min(wave * self.processes + self.process, last))
+
+    def _block(self, plan: RoundPlan, number: int) -> tuple[ClientPlan, ...]:
+        """Clients of similar rank share a block, since a block's products are as wide as its largest rank."""
+        start = number * self.block_size
         return tuple(sorted(plan.clients, key=lambda client: client.rank)[start : start + self.block_size])
 
     def clients_in_wave(self, wave: int) -> int:
@@ -53,12 +64,12 @@ class Layout:
     def batches(self, plan: RoundPlan, micro_batch: int) -> Iterator[list[int]]:
         """The round's micro-batches on this process, client by client: rows of the training data set.
 
-        Each holds `micro_batch` rows of every client of the block; an idle slot's are empty.
+        Each holds `micro_batch` rows of every client in this process's slots.
         """
         for wave in range(self.waves):
-            block = self.block(plan, wave)
+            seated = self.seated(plan, wave)
             examples = plan.clients[0].example_ids.shape[1]
             for step in range(self.local_steps):
                 for start in range(0, examples, micro_batch):
-                    rows = [client.example_ids[step, start : start + micro_batch] for client in block]
+                    rows = [client.example_ids[step, start : start + micro_batch] for client in seated]
                     yield [row for part in rows for row in part.tolist()]

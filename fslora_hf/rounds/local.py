@@ -92,23 +92,35 @@ class LocalClients:
         self._receive, self._updates, self._began, self._loaded = receive, updates or Pipeline(), began, loaded
         self._plan: RoundPlan | None = None
         self._block: tuple[ClientPlan, ...] = ()
+        self._seated: tuple[ClientPlan, ...] = ()
         self._losses = torch.zeros(0)
         self._wave = 0
 
     @property
     def block(self) -> tuple[ClientPlan, ...]:
-        """The clients in the model, by slot."""
+        """The clients of this process in the model, by slot; none where it borrows some."""
         return self._block
+
+    @property
+    def seated(self) -> tuple[ClientPlan, ...]:
+        """The clients in the model, by slot, borrowed or this process's own."""
+        return self._seated
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the clients in the model are another process's, so that what comes of them counts for nothing."""
+        return not self._block
 
     def begin(self, plan):
         self._plan = plan
         self._began(plan)
 
     def hand_over(self, wave):
-        """Load the next block of clients; returns it."""
+        """Load the next block of clients, or a borrowed one; returns the clients that are this process's own."""
         self._wave, self._block = wave, self.layout.block(self._plan, wave)
-        self.stack.load([self._receive(client) for client in self._block])
-        self._losses = torch.zeros(len(self._block), dtype=torch.float64)
+        self._seated = self.layout.seated(self._plan, wave)
+        self.stack.load([self._receive(client) for client in self._seated])
+        self._losses = torch.zeros(len(self._seated), dtype=torch.float64)
         self._loaded()
         return self._block
 
@@ -119,24 +131,24 @@ class LocalClients:
     @property
     def loss_share(self) -> float:
         """Factor that turns this process's summed loss into its part of the mean over all clients of the wave, given
-        that the trainer averages over processes."""
-        return self.layout.processes / self.layout.clients_in_wave(self._wave)
+        that the trainer averages over processes; 0 for what is borrowed."""
+        return 0.0 if self.borrows else self.layout.processes / self.layout.clients_in_wave(self._wave)
 
     def collect(self):
         """The block's updates, taken out of the model one at a time."""
         losses = (self._losses / self.layout.local_steps).tolist()
         positions = positions_of(self._plan)
-        for slot, (client, loss) in enumerate(zip(self._block, losses, strict=True)):
+        for slot, client in enumerate(self._block):
             received = self.stack.received(slot)
             update = update_of(client, *self.stack.change(slot), received, positions[client.client_id])
-            yield Returned(client, loss, self._updates.send(self._plan.round, client, update))
+            yield Returned(client, losses[slot], self._updates.send(self._plan.round, client, update))
         self.abandon()
 
     def taken(self, client, reason):
         pass
 
     def abandon(self):
-        self._block = ()
+        self._block = self._seated = ()
         self.stack.unload()
 
     def bytes_moved(self, client):

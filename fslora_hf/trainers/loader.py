@@ -54,7 +54,7 @@ class RoundLoader(DataLoader):
 
 
 class _BlockCollator:
-    """Collates rows as `collator` does, each client's joined where that pays, and none into a batch without examples.
+    """Collates rows as `collator` does, each client's joined where that pays.
 
     Adds to each batch how many `clients` it has, and how many `tokens` that are no padding.
     """
@@ -63,12 +63,8 @@ class _BlockCollator:
         self._collator, self._micro_batch, self._cost = collator, micro_batch, cost
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        clients = len(rows) // self._micro_batch
-        if clients:
-            batch = self._collator(rows)
-        else:
-            batch = {name: torch.zeros(0, 1, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")}
+        clients, batch = len(rows) // self._micro_batch, self._collator(rows)
         tokens = batch["attention_mask"].sum()
-        if clients and self._cost is not None:
+        if self._cost is not None:
             batch = join_rows(batch, clients, self._cost)
         return {**batch, "clients": torch.tensor(clients), "tokens": tokens}

@@ -52,6 +52,7 @@ class TrainsClients:
 
     row_columns: Sequence[str] = ("input_ids", "labels")  # of the prepared rows, what a step reads
     _forward_options: Mapping[str, Any] = {}  # of every forward pass of a step
+    _step_borrowed = False  # whether the clients of the step at work are another process's: to be left out of all sums
     _joining: StepCost | None = None  # where a client's rows may share one row of the batch: what a step costs
 
     def client_losses(
@@ -149,16 +150,28 @@ class TrainsClients:
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = dict(inputs)  # as the Trainer has them, for a loss of a subclass
         self._step_clients, self._step_tokens = int(inputs.pop("clients")), inputs.pop("tokens")
-        if self._step_clients == 0:  # an idle slot
-            return torch.zeros((), device=self.args.device)
+        self._step_borrowed = self.run.clients.borrows
         with self._steps.take(self._stack, inputs["input_ids"].numel()):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self._own_loss:
             self.run.clients.record_loss(loss.reshape(self._step_clients))  # which is one client's
-        return loss.reshape(()) * self.run.clients.loss_share
+        share = self.run.clients.loss_share
+        return loss.reshape(()) * share if share else loss.new_zeros(())  # also of a borrowed client's NaN
+
+    def floating_point_ops(self, inputs):
+        return super().floating_point_ops(self._own_rows(inputs))
+
+    def _track_num_input_tokens(self, inputs):
+        super()._track_num_input_tokens(self._own_rows(inputs))
+
+    def _own_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What of a step's inputs the run's counts are of: nothing of what is borrowed."""
+        if not self._step_borrowed:
+            return inputs
+        return {name: value[:0] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()}
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        counts = self.scored([batch for batch in batch_samples if int(batch["clients"])])
+        counts = self.scored(batch_samples)
         return None if counts is None else counts.to(device)
 
     @property

@@ -128,11 +128,12 @@ class FederatedSketchTrainer(FederatedTrainer, SFTTrainer):
     def scored(self, batches):
         """Tokens that each client is scored on, over its micro-batches."""
         counts = [(b["labels"][:, 1:] != -100).sum(1).view(int(b["clients"]), -1).sum(1) for b in batches]
-        return sum(counts) if counts else None
+        return sum(counts)
 
     def client_losses(self, model, inputs, clients, scored):
         outputs = model(**inputs, **self._forward_options, fused_lm_head=True)
-        self._token_metrics.add(outputs, self._step_tokens)
+        if not self._step_borrowed:
+            self._token_metrics.add(outputs, self._step_tokens)
         token_losses = -outputs.log_probs  # zero where nothing is scored
         if self.args.loss_type == "dft":
             token_losses = token_losses * outputs.log_probs.exp().detach()

@@ -1,8 +1,10 @@
 """Law 2: the size of a block and the number of processes change nothing beyond rounding.
 
 Five clients of five ranks in all layouts, against one client a step. Blocks of 2 on 2 processes make three blocks in
-two turns: the last block is ragged and the second process idles through the second turn.
+two turns: the last block is ragged, and in the second turn the second process borrows it.
 """
+
+import json
 
 import pytest
 
@@ -76,3 +78,27 @@ def test_law_2_two_processes(one_client_a_step, fork_ranks, tmp_path):
     assert reference.max_difference(first, second) == 0  # both processes hold the same global adapter
     assert reference.max_difference(first, end) < EXACT
     check_same_ledger(tmp_path / "run", folder)
+
+
+@pytest.mark.slow
+def test_what_a_process_borrows_is_in_no_log(fork_ranks, tmp_path):
+    """Blocks of 4 on one process make the same turns as blocks of 2 on two, of which one borrows."""
+    every = {**ARGS, "save_rounds": 1, "logging_steps": 1, "include_num_input_tokens_seen": "non_padding"}
+    logs = []
+    for name, block in (("one", 4), ("two", 2)):
+        job = {
+            "output_dir": str(tmp_path / name),
+            "args": {**every, "per_device_train_clients": block},
+            "lora": LORA,
+            "dtype": "float64",
+            "result": str(tmp_path / f"{name}-end"),
+        }
+        assert set(fork_ranks(job, processes=4 // block)) == {0}
+        (state,) = (tmp_path / name).glob("checkpoint-12/trainer_state.json")
+        logs.append(json.loads(state.read_text())["log_history"])
+    told = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "num_input_tokens_seen", "client_loss")
+    one, two = ([{key: line[key] for key in told if key in line} for line in log] for log in logs)
+    assert len(one) == len(two) == 3 * 5 and sum("num_tokens" in line for line in one) == 12
+    for line, other in zip(one, two, strict=True):
+        assert line == pytest.approx(other, rel=1e-6)  # losses are logged in float32
+    check_same_ledger(tmp_path / "two", tmp_path / "one")

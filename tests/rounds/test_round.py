@@ -60,14 +60,15 @@ def make_run(block_size=5, processes=1, process=0, method=FSLoRA, parts=(), **op
 
 
 def train(run: FederatedRun, steps=None) -> None:
-    """Stands for local training: client c adds c + 1 to what it holds, and has the loss c + local step."""
-    for slot, client in enumerate(run.clients.block):
+    """Stands for local training: client c adds c + 1 to what it holds, and has the loss c + local step. So do borrowed
+    clients."""
+    for slot, client in enumerate(run.clients.seated):
         with torch.no_grad():
             for layer in lora_layers(run.model).values():
                 layer.client_A[slot, : client.rank] += client.client_id + 1
                 layer.client_B[slot, :, : client.rank] += client.client_id + 1
     for step in range(LOCAL_STEPS):
-        run.clients.record_loss(torch.tensor([float(client.client_id + step) for client in run.clients.block]))
+        run.clients.record_loss(torch.tensor([float(client.client_id + step) for client in run.clients.seated]))
 
 
 def run_round(run: FederatedRun, round: int = 0) -> dict:
@@ -244,7 +245,7 @@ class Threads:
     [(2, 1, "fslora"), (1, 1, "fslora"), (3, 0, "fslora"), (5, 1, "fslora"), (2, 1, "hetlora"), (2, 1, "flexlora")],
 )
 def test_two_processes_equal_one(block_size, idle, method):
-    """Five clients in blocks of two on two processes: a ragged block, then an idle slot."""
+    """Five clients in blocks of two on two processes: a ragged block, then a borrowed one that counts for nothing."""
     threads, method = Threads(), METHODS[method]
     alone = make_run(5, method=method)
     runs = [make_run(block_size, 2, process, method, **threads.options(process)) for process in (0, 1)]
@@ -271,13 +272,13 @@ def test_two_processes_equal_one(block_size, idle, method):
 
 
 def test_loss_shares_make_the_mean_over_the_clients_of_a_wave():
-    """The trainer averages what processes report: 5 clients in blocks of 2 on 2 processes are 4, then 1 and idle."""
+    """The trainer averages what processes report: 5 clients in blocks of 2 on 2 processes are 4, then 1."""
     runs = [make_run(2, 2, process) for process in (0, 1)]
     for run in runs:
         run.begin_round(0)
     for wave, clients in ((0, 4), (1, 1)):
         for run in runs:
             run.hand_over(wave)
-        summed = [sum(float(c.client_id) for c in run.clients.block) * run.clients.loss_share for run in runs]
+        summed = [sum(float(c.client_id) for c in run.clients.seated) * run.clients.loss_share for run in runs]
         present = [c.client_id for run in runs for c in run.clients.block]
         assert len(present) == clients and sum(summed) / 2 == pytest.approx(np.mean(present))

@@ -151,6 +151,13 @@ def test_losses_kept_over_hand_overs_change_nothing(tmp_path, kind, twin, block)
     assert reference.max_difference(ends[0][0], ends[1][0]) == 0 and ends[0][1] == ends[1][1]
 
 
+def test_a_borrowed_step_adds_no_floating_point_operations(tmp_path):
+    trainer = build(tmp_path, ARGS)
+    assert trainer.floating_point_ops({"input_ids": IDS}) > 0
+    trainer._step_borrowed = True
+    assert trainer.floating_point_ops({"input_ids": IDS}) == 0
+
+
 # ---- A subclass's own loss ----
 
 
