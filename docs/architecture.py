@@ -4,9 +4,15 @@ Everything is read from the sources: every import counts, also one within a func
 """
 
 import ast
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 PACKAGE = Path(__file__).parents[1] / "fslora_hf"
 # Rooms, and modules of the package's root, from the lowest row up: each may import from lower rows only.
@@ -91,15 +97,11 @@ def graph() -> dict[str, frozenset[str]]:
     }
 
 
-def room_graph() -> dict[str, dict[str, int]]:
-    """Room -> room that it imports from -> in how many imports of module from module."""
-    found: dict[str, dict[str, int]] = {}
-    for module, imported in graph().items():
-        arrows = found.setdefault(room(module), {})
-        for other in imported:
-            if room(other) != room(module):
-                arrows[room(other)] = arrows.get(room(other), 0) + 1
-    return found
+def room_graph() -> dict[str, list[str]]:
+    """Room -> the rooms it imports from, in order of names."""
+    pairs = {(room(module), room(other)) for module, others in graph().items() for other in others}
+    rooms = sorted({room(module) for module in modules()})
+    return {here: [there for there in rooms if (here, there) in pairs and there != here] for here in rooms}
 
 
 def circles() -> list[list[str]]:
@@ -119,3 +121,111 @@ def _reached(module: str) -> set[str]:
             seen.add(other)
             waiting.append(other)
     return seen
+
+
+# ---- the picture ----
+
+# Where a room stands from left to right, so that arrows pass between boxes, and what lies in it in a few words. How
+# high it stands follows from its imports.
+ROOMS = {
+    "common": (0.5, "random draws, processes,\nsentences of settings"),
+    "storage": (0.7, "checkpoints, ledger,\nfiles in one step"),
+    "methods": (0.3, "one paper a file"),
+    "models": (0.12, "client adapters in\none PEFT model"),
+    "updates": (0.37, "what happens to\na client's change"),
+    "data": (0.63, "rows, and whose\nthey are"),
+    "reports": (0.88, "tables, pages, figures:\nno torch"),
+    "rounds": (0.5, "who trains what,\nand the server's step"),
+    "config": (0.5, "the fields, and\nwhat cannot work"),
+    "evaluation": (0.17, "asking a model"),
+    "hub": (0.83, "rounds on the Hub"),
+    "trainers": (0.5, "a run as one train()"),
+    "launch": (0.5, "from a recipe to an adapter"),
+    "comparison": (0.3, "many runs"),
+    "federation": (0.7, "many machines"),
+}
+OF_THE_ROOT = ("__init__", "moved")  # not drawn: names only
+DARK, GREY, EDGE = "#22303c", "#5d6871", "#aab3ba"
+COLOURS = (
+    "#f3e1d8",
+    "#e9ecd9",
+    "#dcebe4",
+    "#dce7f2",
+    "#e7e0f0",
+    "#f2e3ea",
+    "#ece7dc",
+    "#e3e6e8",
+    "#eef0ea",
+)  # of rows, upwards
+WIDE, HIGH, BOX_WIDE, BOX_HIGH = 12.0, 1.28, 2.2, 0.8  # of the picture, of a row, of a box
+NOTE = "The graph that the picture was drawn from"
+
+
+def picture() -> dict[str, dict]:
+    """All that the picture tells: rooms with their modules, and arrows, those left out that a longer way implies."""
+    found = room_graph()
+    drawn = [name for name in found if name not in OF_THE_ROOT]
+    return {
+        "modules": {name: sum(room(module) == name for module in modules()) for name in drawn},
+        "arrows": {name: [other for other in found[name] if not _implied(found, name, other)] for name in drawn},
+    }
+
+
+def _implied(found: dict[str, list[str]], name: str, other: str) -> bool:
+    """Whether another of the rooms that `name` imports from leads to `other`."""
+    return any(other in _below(found, between) for between in found[name] if between != other)
+
+
+def _below(found: dict[str, list[str]], name: str) -> set[str]:
+    return set(found[name]).union(*(_below(found, other) for other in found[name]))
+
+
+def _layers(arrows: dict[str, list[str]]) -> list[list[str]]:
+    """Rooms by the longest way down, the lowest first."""
+
+    def depth(name: str) -> int:
+        return 1 + max((depth(other) for other in arrows[name]), default=-1)
+
+    depths = {name: depth(name) for name in arrows}
+    return [[name for name in arrows if depths[name] == level] for level in range(max(depths.values()) + 1)]
+
+
+def _draw_room(axes: Axes, name: str, count: int, place: tuple[float, float], colour: str) -> None:
+    x, y = place
+    corner = (x - BOX_WIDE / 2, y - BOX_HIGH / 2)
+    look = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": colour, "edgecolor": EDGE, "zorder": 2}
+    axes.add_patch(FancyBboxPatch(corner, BOX_WIDE, BOX_HIGH, **look))
+    title = f"{name}.py" if count == 1 else f"{name}/  {count}"
+    words = ROOMS[name][1]
+    y += 0.2 if "\n" in words else 0.12
+    axes.text(x, y, title, ha="center", va="center", fontsize=12, fontweight="bold", color=DARK, zorder=3)
+    axes.text(x, y - 0.13, words, ha="center", va="top", fontsize=9.5, color=GREY, linespacing=1.25, zorder=3)
+
+
+def draw(path: Path) -> None:
+    told = picture()
+    layers = _layers(told["arrows"])
+    places = {name: (WIDE * ROOMS[name][0], HIGH * (i + 0.5)) for i, layer in enumerate(layers) for name in layer}
+    height = HIGH * len(layers) + 0.35
+    figure = Figure(figsize=(WIDE, height), dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, WIDE), ylim=(-0.35, height - 0.35))
+    axes.set_axis_off()
+    for level, layer in enumerate(layers):
+        for name in layer:
+            _draw_room(axes, name, told["modules"][name], places[name], COLOURS[level % len(COLOURS)])
+    for name, others in told["arrows"].items():
+        for other in others:
+            (x, y), (to_x, to_y) = places[name], places[other]
+            look = {"arrowstyle": "-|>", "mutation_scale": 11, "linewidth": 1.1, "color": GREY, "zorder": 1}
+            start, end = (x, y - BOX_HIGH / 2), (to_x, to_y + BOX_HIGH / 2)
+            axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **look))
+    words = "An arrow: imports from. Left out where a longer way says so already. Numbers: modules."
+    axes.text(WIDE / 2, -0.18, words, ha="center", va="center", fontsize=10.5, color=GREY)
+    note = {"Software": None, "Description": f"{NOTE}: {json.dumps(told)}"}
+    figure.savefig(path, format="png", metadata=note)
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).with_name("architecture.png"))
