@@ -105,16 +105,16 @@ def to_dataset(rows: Sequence[Mapping[str, str]]) -> Dataset:
     return Dataset.from_dict({column: [row[column] for row in rows] for column in COLUMNS})
 
 
-def check_tasks(tasks: Iterable[str]) -> list[str]:
+def check_tasks(tasks: Iterable[str], known: Iterable[str] = TASKS) -> list[str]:
     """The task names as a list.
 
     Raises:
-        ValueError: there is none, one is repeated, or one is not in `TASKS`.
+        ValueError: there is none, one is repeated, or one is not known.
     """
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    if not tasks or len(set(tasks)) < len(tasks) or not set(tasks) <= set(TASKS):
+    if not tasks or len(set(tasks)) < len(tasks) or not set(tasks) <= set(known):
         raise ValueError(
-            f"Expected different tasks out of {', '.join(TASKS)}, found {tasks}: correct the list of tasks."
+            f"Expected different tasks out of {', '.join(known)}, found {tasks}: correct the list of tasks."
         )
     return tasks
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from datasets import Dataset
 
 from ..common.draws import permutation_prefix, uniforms
-from .commonsense import TASKS, check_split, check_tasks, render_row, to_dataset
+from .commonsense import check_split, check_tasks, render_row, to_dataset
 from .templates import published_row
 
 Row = dict[str, str]
@@ -53,7 +53,7 @@ def load_miniature(
 
     Args:
         split: `train` or `test`; they share no question.
-        tasks: names out of `TASKS`; None takes all eight.
+        tasks: names out of `_CHOICES`, which has all eight of `TASKS`; None takes them all.
         rows_per_task: a multiple of 12, so that the answers balance over two, three and four positions.
         seed: of the choice of facts and of their order.
 
@@ -61,7 +61,7 @@ def load_miniature(
         ValueError: a task or split is not one, or the facts do not yield that many different rows.
     """
     check_split(split)
-    tasks = list(TASKS) if tasks is None else check_tasks(tasks)
+    tasks = list(_CHOICES) if tasks is None else check_tasks(tasks, _CHOICES)
     if rows_per_task < _ROWS_STEP or rows_per_task % _ROWS_STEP:
         raise ValueError(
             f"Expected rows_per_task to be a positive multiple of {_ROWS_STEP}, so that answers balance over 2, 3 and "

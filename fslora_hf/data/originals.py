@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, List, Value, load_dataset
 
 from ..common.foreign_text import LONGEST_REASON, foreign_text
 from ..common.masking import scrub
-from .commonsense import TASKS, check_limit, check_split, check_tasks, draw_rows, render_row, to_dataset
+from .commonsense import check_limit, check_split, check_tasks, draw_rows, render_row, to_dataset
 from .templates import published_row
 
 Row = Mapping[str, Any]
@@ -123,7 +123,7 @@ def load_originals(
     check_split(split)
     check_limit(limit)
     rows = []
-    for task in TASKS if tasks is None else check_tasks(tasks):
+    for task in ORIGINALS if tasks is None else check_tasks(tasks, ORIGINALS):
         rows.extend(render_row(row, task) for row in original_rows(task, split, limit, seed))
     return to_dataset(rows)
 
