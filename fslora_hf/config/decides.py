@@ -120,7 +120,7 @@ class _Metadata(dict):
     """Of a field; who lists or copies it, as parsers of transformers and TRL do, sees what argparse knows alone."""
 
     def keys(self) -> list[str]:
-        return [name for name in self if name not in _METADATA]
+        return [name for name in self if name not in (*_METADATA, "range")]
 
     def copy(self) -> dict[str, Any]:
         return {name: self[name] for name in self.keys()}

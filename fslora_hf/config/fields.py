@@ -1,4 +1,7 @@
-"""The settings that a federation adds to those of a Trainer, whatever its kind; decides.py says what `decides` is."""
+"""The settings that a federation adds to those of a Trainer, whatever its kind.
+
+What their metadata says: `decides` in decides.py, `range` in ranges.py.
+"""
 
 from dataclasses import dataclass, field
 
@@ -6,6 +9,7 @@ from ..methods import METHODS as METHOD_CLASSES
 from ..rounds.ranks import RANK_LAWS
 from ..storage.result_files import PROTOCOLS
 from .decides import told_by_fields
+from .ranges import Range
 
 METHODS = tuple(METHOD_CLASSES)
 RANK_DISTRIBUTIONS = tuple(RANK_LAWS)
@@ -21,24 +25,37 @@ class FederationFields:
     # Its entry is None, as upload_budget's: a run may be made longer or shorter, which changes no round of it but for
     # a schedule that ends with the run, of which a resume warns.
     num_rounds: int = field(
-        default=100, metadata={"decides": "result", "entry": None, "help": "Number of rounds of the run."}
+        default=100,
+        metadata={
+            "decides": "result",
+            "range": Range(1, 10**9),
+            "entry": None,
+            "help": "Number of rounds of the run.",
+        },
     )
     clients_per_round: int | None = field(
         default=None,
         metadata={
             "decides": "result",
+            "range": Range(1, 10**9),
             "node": "ignores",
             "help": "Number of clients that take part in a round. None: all of them.",
         },
     )
     local_steps: int = field(
-        default=20, metadata={"decides": "result", "help": "Optimizer steps each client takes in a round."}
+        default=20,
+        metadata={
+            "decides": "result",
+            "range": Range(1, 10**6),
+            "help": "Optimizer steps each client takes in a round.",
+        },
     )
     # None, which is refused, makes the command line read this field as text.
     per_device_train_clients: int | str | None = field(
         default=1,
         metadata={
             "decides": "speed",
+            "range": Range(1, 10**9),
             "help": "Clients a process trains in the same step: a number, or `auto` for as many as fit into its "
             "memory, which is measured before the first round. Changes speed and memory; of the result only rounding "
             "and which numbers dropout draws.",
@@ -68,6 +85,7 @@ class FederationFields:
         default=1,
         metadata={
             "decides": "result",
+            "range": Range(1, 10**9),
             "entry": "data",
             "compared": "split",
             "help": "Fewest examples a client may be left with once the data is prepared.",
@@ -94,6 +112,7 @@ class FederationFields:
         default=None,
         metadata={
             "decides": "result",
+            "range": Range(1, 2**16),
             "node": "ignores",
             "help": "Least rank of a client. None: 1, and max_rank for the homogeneous law.",
         },
@@ -102,6 +121,7 @@ class FederationFields:
         default=None,
         metadata={
             "decides": "result",
+            "range": Range(1, 2**16),
             "node": "ignores",
             "help": "Greatest rank of a client. None: the rank of the global adapter.",
         },
@@ -125,7 +145,11 @@ class FederationFields:
     )
     server_learning_rate: float | None = field(
         default=None,
-        metadata={"decides": "result", "help": "Rate of the server. None: 1.0 for sgd and sgd_momentum, else 0.001."},
+        metadata={
+            "decides": "result",
+            "range": Range(0, 10**6, above=True),
+            "help": "Rate of the server. None: 1.0 for sgd and sgd_momentum, else 0.001.",
+        },
     )
     client_weighting: str = field(
         default="uniform",
@@ -155,6 +179,7 @@ class FederationFields:
         default=None,
         metadata={
             "decides": "result",
+            "range": Range(0, 10**12, above=True),
             "entry": None,
             "node": "ignores",
             "help": "End the run after the round in which all uploads together reach so many megabytes (10**6 bytes). "
@@ -165,6 +190,7 @@ class FederationFields:
         default=10,
         metadata={
             "decides": "server",
+            "range": Range(0, 10**9),
             "help": "Write a checkpoint every so many rounds and after the last. 0: never.",
         },
     )
@@ -172,6 +198,7 @@ class FederationFields:
         default=3,
         metadata={
             "decides": "server",
+            "range": Range(0, 10**9),
             "help": "End the run with an error after so many rounds in a row that fold no update, or in which most "
             "clients' losses are not finite or have leapt (of fewer than three clients a round, after more). "
             "0: never.",
@@ -181,6 +208,7 @@ class FederationFields:
         default=0,
         metadata={
             "decides": "server",
+            "range": Range(0, 10**9),
             "compared": "kept",
             "help": "Evaluate every so many rounds and after the last. 0: never.",
         },
@@ -197,12 +225,18 @@ class FederationFields:
     )
     eval_num_beams: int = field(
         default=4,
-        metadata={"decides": "server", "compared": "alike", "help": "Beams of eval_protocol generate. 1: greedy."},
+        metadata={
+            "decides": "server",
+            "range": Range(1, 1024),
+            "compared": "alike",
+            "help": "Beams of eval_protocol generate. 1: greedy.",
+        },
     )
     eval_max_new_tokens: int = field(
         default=32,
         metadata={
             "decides": "server",
+            "range": Range(1, 10**6),
             "compared": "alike",
             "help": "Tokens that eval_protocol generate writes at most.",
         },
@@ -223,6 +257,7 @@ class FederationFields:
         default=10,
         metadata={
             "decides": "server",
+            "range": Range(0, 10**9),
             "help": "With push_to_hub, push every so many rounds and after the last, each as a commit with a tag such "
             "as round-0010. 0: the last alone.",
         },
@@ -252,6 +287,7 @@ class FederationFields:
         default=600.0,
         metadata={
             "decides": "server",
+            "range": Range(0, 10**9, above=True),
             "help": "Seconds for the push of a round, after which it is given up and tried later.",
         },
     )

@@ -14,7 +14,7 @@ from fslora_hf import FederatedSketchTrainer
 from fslora_hf.common.settings import SettingsError, is_a
 from fslora_hf.comparison.arguments import ComparisonArguments
 from fslora_hf.config.federation import FederatedSketchConfig
-from fslora_hf.config.ranges import RANGES
+from fslora_hf.config.ranges import range_of
 from fslora_hf.config.recipe import ModelArguments, RecipeArguments
 from fslora_hf.config.refusals import REFUSED
 from fslora_hf.federation.server import FederationArguments
@@ -61,7 +61,10 @@ def problems_of(kind, **settings) -> list[str]:
 def test_every_number_has_a_least_and_a_greatest_value(kind, name):
     if name in FREE:
         return
-    known, besides = RANGES[name], {"partition": "sorted_shards"} if name == "shards_per_client" else {}
+    known, besides = (
+        range_of(kind.__dataclass_fields__[name]),
+        {"partition": "sorted_shards"} if name == "shards_per_client" else {},
+    )
     assert math.isfinite(known.greatest)
     for value in (math.nan, math.inf, -math.inf, -1, -(10**400), 10**400, 1e300, True, "x", [1], {"a": 1}):
         if name == "pad_to_multiple_of" and value == "x":
@@ -77,7 +80,7 @@ def test_every_number_has_a_least_and_a_greatest_value(kind, name):
 def test_bounds_themselves_work(kind, name):
     if name in FREE or kind in (ComparisonArguments, FederationArguments):
         return
-    known, whole = RANGES[name], not is_a(kind.__dataclass_fields__[name].default, float)
+    known, whole = range_of(kind.__dataclass_fields__[name]), not is_a(kind.__dataclass_fields__[name].default, float)
     besides = {
         "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
         "min_rank": {"max_rank": 2**16, "rank_distribution": "uniform"},
