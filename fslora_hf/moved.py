@@ -8,6 +8,7 @@ from types import ModuleType
 
 # What the README, the docs or a recipe ever named.
 MOVED = {
+    "adapter": "models.adapter",
     "callbacks": "trainers.callbacks",
     "checkpoint": "storage.checkpoint",
     "clients": "data.clients",
@@ -18,6 +19,7 @@ MOVED = {
     "evaluation.tables": "reports.leaderboard_tables",
     "folding": "models.folding",
     "host_memory": "common.host_memory",
+    "layout": "rounds.layout",
     "ledger": "storage.ledger",
     "partition": "data.partition",
     "plan": "rounds.plan",
