@@ -37,7 +37,8 @@ class FederatedRun:
         num_rounds: int,
         upload_budget: float | None = None,
     ):
-        self.plan, self.layout, self.num_rounds, self._budget = plan, layout, num_rounds, upload_budget
+        self.plan, self.layout = plan, layout
+        self.num_rounds, self.upload_budget = num_rounds, upload_budget
         self.rounds_done, self.bytes_up = 0, 0
         self._ahead: ThreadPoolExecutor | None = None
 
@@ -56,16 +57,16 @@ class FederatedRun:
     @property
     def is_over(self) -> bool:
         """Whether all rounds are done, or the budget of uploads is used up."""
-        spent = self._budget is not None and self.bytes_up >= self._budget * 1e6
+        spent = self.upload_budget is not None and self.bytes_up >= self.upload_budget * 1e6
         return spent or self.rounds_done == self.num_rounds
 
     @property
     def rounds_left(self) -> int:
         """Rounds until the run ends: a guess, from the uploads so far, where a budget may end it before the last."""
         left = self.num_rounds - self.rounds_done
-        if self._budget is None or self.bytes_up == 0:
+        if self.upload_budget is None or self.bytes_up == 0:
             return left
-        affordable = math.ceil((self._budget * 1e6 - self.bytes_up) * self.rounds_done / self.bytes_up)
+        affordable = math.ceil((self.upload_budget * 1e6 - self.bytes_up) * self.rounds_done / self.bytes_up)
         return max(0, min(left, affordable))
 
     # ---- A round ----

@@ -299,6 +299,8 @@ class FederatedTrainer(KeepsBestRound, KeepsCheckpoints, PushesRounds, TrainsCli
         self._movement = Movement(A, method.trains, args.local_steps, args.learning_rate)
         self._marker = Marker(self.ledger_path)
         parts = parts_of(args, method, self._movement, self._feedback, self._bounds, self._own_parts)
+        # Which may have been set anew between two calls of `train()`, the second of which makes the run longer.
+        self.run.num_rounds, self.run.upload_budget = args.num_rounds, args.upload_budget
         self.run.open(*self._halves(method, Pipeline(parts)))
         self.optimizer = None  # one of an earlier call would hold parameters that are gone
         if self.publisher is not None:

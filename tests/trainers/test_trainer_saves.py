@@ -126,6 +126,9 @@ def test_a_second_call_of_train_is_refused_and_names_the_line_that_goes_on(tmp_p
     longer = make(tmp_path, save_rounds=1, num_rounds=3, **STEADY)
     longer.train(resume_from_checkpoint=True)
     assert rounds_in(tmp_path) == [0, 1, 2]
+    longer.args.num_rounds = 4  # of the very trainer, in a notebook's next cell
+    longer.train(resume_from_checkpoint=True)
+    assert rounds_in(tmp_path) == [0, 1, 2, 3]
 
 
 def test_a_script_is_told_before_the_model_is_loaded(tmp_path):

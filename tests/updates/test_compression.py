@@ -435,6 +435,9 @@ def test_a_run_whose_budget_is_spent_takes_no_further_step(tmp_path):
     more = build(tmp_path / "run", {**args, "upload_budget": 2 * megabytes})  # a larger budget goes on
     more.train(resume_from_checkpoint=True)
     assert [line["round"] for line in ledger(tmp_path / "run")] == [0, 1, 2, 3]
+    more.args.upload_budget = 3 * megabytes  # also if it is set of the very trainer
+    more.train(resume_from_checkpoint=True)
+    assert [line["round"] for line in ledger(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_checkpoints_index_names_all_that_waits(tmp_path):
