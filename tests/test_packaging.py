@@ -8,12 +8,14 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from importlib.metadata import distribution
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from docs.architecture import imports, modules
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = configparser.ConfigParser()
@@ -70,6 +72,21 @@ def requirements() -> list[Requirement]:
     for extra in SETUP["options.extras_require"].values():
         lines += extra.split("\n")
     return [Requirement(line) for line in lines if line]
+
+
+def test_what_the_package_imports_is_required():
+    """By us, or by what goes with it: what others happen to bring they may do without one day."""
+    goes_with = {"markupsafe": "Jinja2", "pyarrow": "datasets", "yaml": "huggingface_hub"}
+    imported = {name.split(".")[0] for module in modules() for name in imports(module)} - {"", "__future__"}
+    required = {canonicalize_name(requirement.name) for requirement in requirements()}
+    homes = packages_distributions()
+    for name in sorted(imported - sys.stdlib_module_names):
+        distributions = {canonicalize_name(each) for each in homes[name]}
+        if name in goes_with:
+            brought = {canonicalize_name(Requirement(line).name) for line in distribution(goes_with[name]).requires}
+            assert distributions & brought and canonicalize_name(goes_with[name]) in required, name
+        else:
+            assert distributions & required, f"name {name} in setup.cfg"
 
 
 def test_every_requirement_has_a_lower_bound_that_the_pinned_version_meets():
@@ -175,7 +192,7 @@ def test_names_of_modules_are_their_own():
     """Folders of scripts and of tests are searched side by side, and where runs leave folders, too."""
     ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
     scripts = {path.stem for name in ("benchmarks", "federation") for path in (ROOT / "recipes" / name).glob("*.py")}
-    assert not scripts & ({path.stem for path in (ROOT / "tests").glob("*.py")} | ignored)
+    assert not scripts & ({path.stem for path in (ROOT / "tests").rglob("*.py")} | ignored)
 
 
 def test_modules_are_found_by_the_names_they_had():
