@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
+
 from docs.architecture import NOTE, OF_THE_ROOT, PACKAGE, draw, modules, picture, room
 
 DOCS = PACKAGE.parent / "docs"

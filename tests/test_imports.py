@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from docs.architecture import KINDS_OF_TRAINER, PACKAGE, ROWS, circles, graph, imports, modules, room
 
 ROOT = PACKAGE.parent
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
-TORCH_ONLY = {"methods", "rounds", "updates"}
+TORCH_ONLY = {"methods", "rounds", "updates", "common.draws"}
 NOT_TORCH = ("transformers", "trl", "peft", "accelerate", "torch.distributed", "datasets")
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
@@ -49,7 +50,7 @@ def test_kinds_of_trainer_lie_over_what_they_have_in_common():
                 assert level_in_trainers(module) > level_in_trainers(other), f"{module} imports {other}"
 
 
-@pytest.mark.parametrize("module", [module for module in modules() if room(module) in TORCH_ONLY])
+@pytest.mark.parametrize("module", [module for module in modules() if {room(module), module} & TORCH_ONLY])
 def test_methods_updates_and_rounds_know_tensors_only(module):
     found = [name for name in imports(module) if name.startswith(NOT_TORCH)]
     assert not found, f"{module} imports {found}"
