@@ -20,8 +20,8 @@ __all__ = ["FederatedSketchConfig", "FederatedSketchTrainer", "RoundCallback"]
 
 find_moved()
 
-# On some CPUs bitsandbytes asks for a package with a kernel for inference when it is imported; quantized.py has it use
-# none, so that scores are those of any other machine.
+# On some CPUs bitsandbytes asks for a package with a kernel for inference when it is imported; models/quantized.py has
+# it use none, so that scores are those of any other machine.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 

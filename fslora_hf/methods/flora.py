@@ -6,7 +6,7 @@ server stacks what comes back, `A [K, in]` and `B [out, K]` with `K = sum_i k_i`
 exactly, and folds it into the base: `W <- W + B A`. Every client does the same with the stack it is sent.
 
 Two forms are here. `flora` folds into the base's own weights, which must not be quantized; a checkpoint then holds the
-changed weights beside the adapter (fslora_hf/folding.py), which stays as it was: B is zero in a new one. The ledger's
+changed weights beside the adapter (models/folding.py), which stays as it was: B is zero in a new one. The ledger's
 `fold_error` is what the base's own precision (bfloat16, say) takes from a fold. `flora_residual` leaves the base be:
 the global adapter, of bounded rank r, is the sum of all rounds, cut back to its best rank-r part after each, and
 `truncation_error` is what that cut gives up. Both are squared Frobenius norms. In both forms clients train beside the

@@ -11,7 +11,7 @@ from ..common.foreign_text import foreign_text, foreign_value
 from .json_file import DamagedFile, is_whole, kind_of, read_object
 
 STATE_NAME = "federated_state.json"
-FEEDBACK_NAME = "error_feedback"  # folder of files that have their checksums in their names (feedback.py)
+FEEDBACK_NAME = "error_feedback"  # folder of files that have their checksums in their names (updates/feedback.py)
 FORMAT = 2  # 1 had no checksum of itself, and no word of the ledger
 _KEYS = {1: {"format", "round", "run", "files"}, 2: {"format", "round", "run", "files", "ledger", "digest"}}
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")

@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/allocator.py --model ~/.cache/fslora_hf/SmolLM2-135M-Instruct
 
-FederatedSketchTrainer makes glibc keep what a step frees (fslora_hf/host_memory.py), unless the user has set glibc's
-allocator by the environment. Here every other process has such a setting, which changes nothing else: it is glibc's
-own default. Every measurement is a process of its own, and both take turns; medians. Writes JSON.
+FederatedSketchTrainer makes glibc keep what a step frees (fslora_hf/common/host_memory.py), unless the user has set
+glibc's allocator by the environment. Here every other process has such a setting, which changes nothing else: it is
+glibc's own default. Every measurement is a process of its own, and both take turns; medians. Writes JSON.
 """
 
 import argparse
