@@ -32,8 +32,6 @@ ROWS = (
     ("moved",),
     ("__init__",),
 )
-# Within trainers: what no other row names lies below both.
-KINDS_OF_TRAINER = ("federated", "sft")
 
 
 @cache

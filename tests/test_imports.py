@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.architecture import KINDS_OF_TRAINER, PACKAGE, ROWS, circles, graph, imports, modules, room
+from docs.architecture import PACKAGE, ROWS, circles, graph, imports, modules, room
 
 ROOT = PACKAGE.parent
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
@@ -18,12 +18,6 @@ TORCH_ONLY = {"methods", "rounds", "updates", "common.draws"}
 NOT_TORCH = ("transformers", "trl", "peft", "accelerate", "torch.distributed", "datasets")
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
-
-
-def level_in_trainers(module: str) -> int:
-    """Kinds of trainers over what they have in common over all else."""
-    name = module.split(".")[1]
-    return KINDS_OF_TRAINER.index(name) + 1 if name in KINDS_OF_TRAINER else 0
 
 
 def test_every_module_has_a_row():
@@ -43,11 +37,12 @@ def test_nothing_imports_itself_by_way_of_others():
 
 
 def test_kinds_of_trainer_lie_over_what_they_have_in_common():
-    inside = [module for module in modules() if room(module) == "trainers" and not module.endswith("__init__")]
-    for module in inside:
-        for other in graph()[module] & set(inside):
-            if level_in_trainers(other):
-                assert level_in_trainers(module) > level_in_trainers(other), f"{module} imports {other}"
+    """What imports the mixin is a kind of trainer, and nothing beside them imports a kind, the mixin's parts least."""
+    inside = {module: others for module, others in graph().items() if room(module) == "trainers"}
+    kinds = {module for module, others in inside.items() if "trainers.federated" in others}
+    assert "trainers.sft" in kinds
+    for module, others in inside.items():
+        assert not others & kinds, f"{module} imports {sorted(others & kinds)}"
 
 
 @pytest.mark.parametrize("module", [module for module in modules() if {room(module), module} & TORCH_ONLY])
