@@ -14,7 +14,7 @@ from ..updates.feedback import ErrorFeedback
 class _OneRound(RoundCallback):
     """Ends `train()` with the round that it began with; the ledger is the server's."""
 
-    returned: Returned
+    returned: Returned | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
         run = self.trainer.run
@@ -80,6 +80,7 @@ class NodeTrainer(FederatedSketchTrainer):
                 self._movement.judge(round, self.round_plan(round).learning_rate, gather)
             return self._round_callback.returned
         finally:
+            self._received = self._round_callback.returned = None  # as large as adapters, until the next round
             self._close_run()
             if kept:
                 host_memory.return_freed_memory()

@@ -1,5 +1,6 @@
 """A federation gives the simulator's adapter; what its server and its nodes tell each other, and what they keep."""
 
+import gc
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ from fslora_hf.common.foreign_text import LONGEST_REASON
 from fslora_hf.common.settings import SettingsError
 from fslora_hf.federation.packet import Packet
 from fslora_hf.federation.roster import FederationError
+from fslora_hf.methods import ClientAdapter, ClientUpdate
 from fslora_hf.models.folding import FoldedBase
 from fslora_hf.rounds.server import ServerState
 from fslora_hf.updates.part import RefusedUpdate
@@ -165,6 +167,18 @@ def test_a_round_without_a_client_is_the_simulators_that_refuses_it(tmp_path, re
     federated.simulate(recipe, tmp_path / "simulated")
     adapters = [federated.saved_adapter(tmp_path / name) for name in ("run", "simulated")]
     assert reference.max_difference(*adapters) < 1e-9
+
+
+def test_no_adapter_or_update_outlives_its_round_at_a_node(tmp_path, recipe, nodes):
+    """They are as large as adapters, and a node may wait for its next round for long."""
+    before = alive()
+    federated.federate(recipe, federated.LocalExchange(nodes))
+    assert len(alive()) == len(before)
+
+
+def alive() -> list:
+    gc.collect()
+    return [each for each in gc.get_objects() if isinstance(each, (ClientAdapter, ClientUpdate))]
 
 
 def test_too_few_updates_end_the_run_with_every_whole_round_kept(tmp_path, recipe, nodes):
