@@ -1,7 +1,7 @@
 """What a method must return, checked where it returns it: an error then names the method, the client and the module.
 
 Shapes, types and storage are compared without looking at values. Whether these are finite is asked once a client and
-once a round; what clients send back is looked at by `check_finite` of the updates.
+once a round; what clients send back is looked at by `CheckFinite` of the updates.
 """
 
 import math
