@@ -67,6 +67,7 @@ def build(folder, **settings):
         model=tiny.base_model(),
         args=FederatedSketchConfig(output_dir=str(folder), **{**RUN, **settings}),
         train_dataset=tiny.tokenised(),
+        eval_dataset=tiny.tokenised(seed=1) if settings.get("eval_rounds") else None,
         processing_class=tiny.tokenizer(),
         peft_config=tiny.lora_config(),
     )
@@ -125,6 +126,28 @@ SAME = [name for name, each in DECISIONS.items() if each.decides != "result" or 
 def test_law_12_what_decides_no_result_makes_no_other_run(trainer, name):
     before = identity_with(trainer, "num_rounds", 2)
     assert identity_with(trainer, name, "another") == before
+
+
+OURS_BESIDE = [each.name for each in fields(FederationFields) if DECISIONS[each.name].decides != "result"]
+BESIDE = {"per_device_train_clients": 2, "eval_protocol": "loss", "gradient_checkpointing": False}
+
+
+@pytest.fixture(scope="module")
+def plain_adapter(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("plain"))
+
+
+def trained(folder, **settings):
+    trainer = build(folder, num_rounds=1, **settings)
+    trainer.train()
+    return [tensor.detach().clone() for tensor in trainer.global_tensors]
+
+
+@pytest.mark.parametrize("name", OURS_BESIDE)
+def test_law_12_what_is_said_to_decide_no_result_changes_none(plain_adapter, tmp_path, name):
+    value = BESIDE[name] if name in BESIDE else other(decides.default_of(FederationFields.__dataclass_fields__[name]))
+    changed = trained(tmp_path, **{name: value})
+    assert max((a - b).abs().max().item() for a, b in zip(plain_adapter, changed, strict=True)) < 1e-9
 
 
 @pytest.mark.parametrize("name", REFUSED)
