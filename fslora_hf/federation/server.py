@@ -44,17 +44,24 @@ class FederationArguments:
         default="", metadata={"decides": "result", "help": "Settings over the recipe's: --num_rounds 5 ..."}
     )
     resume: bool = field(
-        default=False, metadata={"decides": "place", "help": "Go on from the last checkpoint in output_dir."}
+        default=False, metadata={"decides": "server", "help": "Go on from the last checkpoint in output_dir."}
     )
+    # No run's identity holds these four: the ledger tells of each round what they came to, and they may change.
     clients: int | None = field(
         default=None,
         metadata={
             "decides": "result",
+            "entry": None,
             "help": "Clients to wait for before the first round. None: the recipe's num_clients.",
         },
     )
     min_clients: int = field(
-        default=1, metadata={"decides": "result", "help": "Clients to begin with, and updates of a round, at least."}
+        default=1,
+        metadata={
+            "decides": "result",
+            "entry": None,
+            "help": "Clients to begin with, and updates of a round, at least.",
+        },
     )
     join_deadline_s: float = field(
         default=600.0, metadata={"decides": "server", "help": "Seconds that nodes have to join."}
@@ -66,6 +73,7 @@ class FederationArguments:
         default=1e6,
         metadata={
             "decides": "result",
+            "entry": None,
             "help": "Refuse updates of a larger Frobenius norm, whose products could overflow.",
         },
     )
@@ -73,6 +81,7 @@ class FederationArguments:
         default=10.0,
         metadata={
             "decides": "result",
+            "entry": None,
             "help": "Refuse updates whose norm is more than so many times the median norm of this round's and the "
             "last rounds' updates. 0: no such bound.",
         },

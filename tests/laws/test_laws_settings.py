@@ -92,6 +92,8 @@ def test_every_setting_says_what_it_decides():
     assert not decides.INHERITED.keys() - DECISIONS.keys(), "settings that are gone"
     for kind in (FederationFields, RecipeArguments, FederationArguments, ComparisonArguments):
         assert all(each.metadata.get("decides") in decides.KINDS for each in fields(kind)), kind
+    held = [each.name for each in fields(FederationArguments) if decides.is_held(decides.decision_of(each))]
+    assert held == ["recipe", "overrides"], "what a run's identity does not hold has an entry of None"
     inherited = {each.name for kind in (SFTConfig, ModelConfig) for each in fields(kind)}
     assert decides.INHERITED.keys() <= inherited, "a field of ours says it itself"
     assert {each.decides for each in DECISIONS.values()} == {*decides.KINDS}
