@@ -53,7 +53,7 @@ def load_miniature(
 
     Args:
         split: `train` or `test`; they share no question.
-        tasks: names out of `_CHOICES`, which has all eight of `TASKS`; None takes them all.
+        tasks: names out of the commonsense benchmark's eight, `TASKS`; None takes all.
         rows_per_task: a multiple of 12, so that the answers balance over two, three and four positions.
         seed: of the choice of facts and of their order.
 
