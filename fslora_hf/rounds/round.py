@@ -98,7 +98,7 @@ class Round:
         losses, norms, parts, reasons = zip(*outcomes, strict=True)
         accepted = math.fsum(parts)
         refusals = [(client.client_id, reason) for client, reason in zip(clients, reasons, strict=True) if reason]
-        return {
+        record = {
             "round": self._plan.round,
             "learning_rate": self._plan.learning_rate,
             "clients": [client.client_id for client in clients],
@@ -112,9 +112,15 @@ class Round:
             "bytes_full_rank": 2 * len(clients) * self.state.rank * self.state.bytes_per_rank,
             **self.method.notes(),
             **self.state.notes(),
-            **self.updates.notes(),
             "seconds": round(time.monotonic() - self._started, 3),
         }
+        notes = self.updates.notes()
+        if taken := sorted(notes.keys() & record.keys()):
+            raise ValueError(
+                "Expected notes of parts of updates by names that the ledger does not have, found "
+                f"{taken[0]}: rename it."
+            )
+        return record | notes
 
     def _bytes_moved(self, client: ClientPlan) -> tuple[int, int]:
         down, up = self.method.bytes_moved(self.state, client)

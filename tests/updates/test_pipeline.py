@@ -90,6 +90,11 @@ def test_places_run_in_order_and_settling_knows_who_was_refused():
     assert record["one"] == record["two"] == len(calls)
 
 
+def test_notes_do_not_take_the_place_of_what_the_ledger_has():
+    with pytest.raises(ValueError, match="by names that the ledger does not have, found bytes_up: rename it"):
+        run_round(make_run(1, parts=[Recorded("bytes_up", [])]))
+
+
 def reference_numbers() -> int:
     """Numbers of one row of A and one column of B of every module."""
     return sum(A.shape[1] + B.shape[0] for A, B in reference.read_adapter(make_run().model).values())
