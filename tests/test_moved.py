@@ -27,6 +27,7 @@ def test_a_module_keeps_its_own_name_whatever_is_found_beside_it():
 def test_what_scripts_import_by_old_names_is_there():
     """What the README, the docs, the recipes or a user's own method ever imported from them."""
     from fslora_hf.clients import ClientIndex
+    from fslora_hf.config import FederatedSketchConfig
     from fslora_hf.folding import FoldedBase
     from fslora_hf.methods import Method, first_rows, zeros_like_pair
     from fslora_hf.partition import partition
@@ -35,6 +36,7 @@ def test_what_scripts_import_by_old_names_is_there():
     from fslora_hf.trainer import FederatedSketchTrainer
 
     named = (ClientIndex, FoldedBase, Method, first_rows, zeros_like_pair, partition, read_ledger, draw)
+    named += (FederatedSketchConfig,)
     assert all(map(callable, named)) and FederatedSketchTrainer.__name__ == "FederatedSketchTrainer"
     with pytest.raises(ModuleNotFoundError):
         import_module("fslora_hf.never_there")

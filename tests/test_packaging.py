@@ -193,15 +193,3 @@ def test_names_of_modules_are_their_own():
     ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
     scripts = {path.stem for name in ("benchmarks", "federation") for path in (ROOT / "recipes" / name).glob("*.py")}
     assert not scripts & ({path.stem for path in (ROOT / "tests").rglob("*.py")} | ignored)
-
-
-def test_modules_are_found_by_the_names_they_had():
-    """Scripts written before the package had rooms go on working, with the same objects and not with second ones."""
-    code = (
-        "import sys; from importlib import import_module as load; from fslora_hf.moved import MOVED\n"
-        "for old, new in MOVED.items():\n"
-        "    assert load('fslora_hf.' + old) is load('fslora_hf.' + new), old\n"
-        "    assert load('fslora_hf.' + new).__spec__.name == 'fslora_hf.' + new, new\n"
-        "from fslora_hf.config import FederatedSketchConfig; from fslora_hf.partition import partition"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
