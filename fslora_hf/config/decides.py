@@ -48,7 +48,6 @@ class Decision:
 UNKNOWN = Decision("result", node="refuses")
 _FIXED = Decision("result", None, "refuses")  # refused under any other value than its default
 _FROM_DATA = Decision("result", "data")
-_FROM_MODEL = Decision("result", "model")
 _NODES_TOO = Decision("speed", node="obeys")
 
 _INHERITED = (

@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..common.foreign_text import foreign_value
+from ..common.settings import written
+from ..config.decides import where
 from ..hub.fetch import fetch_round, parse_source, take_in
 from ..hub.outbox import OUTBOX_NAME
 from ..storage.checkpoint import (
@@ -64,6 +67,7 @@ def _find_start(run: ThisRun, resume: str | bool | None, output_dir: Path) -> st
     check_place(output_dir, run.keeps_feedback)
     _tell_of_ledger(run, folder, state["round"], kept)
     _warn_of_other_length(run, folder)
+    _warn_of_other_rounding(run, folder)
     # Nothing is refused from here on.
     if not elsewhere:
         move_aside_later(output_dir, state["round"])
@@ -114,6 +118,17 @@ def _warn_of_other_length(run: ThisRun, folder: Path) -> None:
     if saved != args.num_rounds and not str(args.lr_scheduler_type.value).startswith("constant"):
         text = "The run was begun with num_rounds=%s and goes on with %s: its %s schedule differs from here on."
         logger.warning(text, saved, args.num_rounds, args.lr_scheduler_type.value)
+
+
+def _warn_of_other_rounding(run: ThisRun, folder: Path) -> None:
+    """A run may go on where another precision is to be had, and its numbers are then rounded otherwise."""
+    saved, now = read_arguments(folder), json.loads(json.dumps(written(run.args), default=str))
+    names = where([type(run.args)], lambda each: each.decides == "speed" and each.compared)
+    changed = [f"{name} {foreign_value(saved[name], 40)} and goes on with {foreign_value(now[name], 40)}"
+               for name in names if name in saved and saved[name] != now[name]]  # fmt: skip
+    if changed:
+        text = "The run was begun with %s: from here on, its numbers are rounded otherwise."
+        logger.warning(text, "; ".join(changed))
 
 
 def _begin(run: ThisRun, output_dir: Path) -> None:

@@ -182,6 +182,17 @@ def test_law_12_a_run_is_resumed_where_nothing_of_it_changes(stopped):
     assert build(stopped, **args).train(resume_from_checkpoint=True).global_step > 0
 
 
+def test_a_run_that_is_resumed_in_another_precision_says_so(stopped, caplog):
+    build(stopped, bf16=True).train(resume_from_checkpoint=True)
+    (line,) = [text for text in caplog.messages if "rounded otherwise" in text]
+    assert line.startswith("The run was begun with bf16 False and goes on with True: from here on")
+
+
+def test_a_run_that_is_resumed_as_it_was_warns_of_nothing(stopped, caplog):
+    build(stopped, per_device_train_clients=2).train(resume_from_checkpoint=True)
+    assert not [text for text in caplog.messages if "begun with" in text and "rounded" in text]
+
+
 @pytest.fixture
 def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
